@@ -1,0 +1,38 @@
+# make demo and make test each work from a bare clone; all they need is Python 3.11 or later.
+# make demo DICOM=folder sends your own series; make test ARGS="-k routing" runs some tests.
+
+RUN := .venv/bin/python -m
+
+.PHONY: help demo test lint serve docs-images setup packages
+
+help:
+	@echo "make demo         a CT series goes in and comes back translated; see demo-out/"
+	@echo "make demo DICOM=folder   the same with a series of yours"
+	@echo "make test         every check: format, types, layers, tests"
+	@echo "make serve        run the node with config.yaml"
+	@echo "make lint         format, types, layers"
+	@echo "make docs-images  make the pictures of docs/images again, from generated data"
+
+setup:
+	@.ci/setup
+
+packages:
+	@.ci/packages
+
+demo: setup
+	@$(RUN) dicomnode demo --config config.yaml --out demo-out $(if $(DICOM),--dicom "$(DICOM)")
+
+serve: setup
+	@exec $(RUN) dicomnode serve --config config.yaml
+
+test: setup packages lint
+	$(RUN) pytest $(ARGS)
+
+lint: setup
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+	.venv/bin/lint-imports
+
+docs-images: setup
+	.venv/bin/python docs/images/make.py

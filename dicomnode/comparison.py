@@ -1,0 +1,204 @@
+"""A source series beside the series derived from it: is it right, and how does it look?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from pydicom import Dataset
+
+from dicomnode.errors import DicomNodeError
+from dicomnode.imaging.volume import Volume, volume_from_datasets
+
+_BLOCK = 8
+"""Noise is measured in blocks of this many rows and columns."""
+_PANEL = 480
+_INK, _WARNING, _PAPER = (235, 235, 235), (255, 190, 60), (16, 16, 16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Two series on one grid, checked, and what was measured.
+
+    Attributes:
+        source: what was sent, HU.
+        result: what came back, HU.
+        mean_change_hu: mean of result - source in the body.
+        mean_absolute_change_hu: mean of |result - source| in the body.
+        noise_before_hu: standard deviation in soft tissue of the source, median of small blocks.
+        noise_after_hu: the same blocks of the result.
+        description: SeriesDescription of the result.
+        model: the last SoftwareVersions of the result: model and version.
+    """
+
+    source: Volume
+    result: Volume
+    mean_change_hu: float
+    mean_absolute_change_hu: float
+    noise_before_hu: float
+    noise_after_hu: float
+    description: str
+    model: str
+
+    def sentences(self) -> list[str]:
+        """What was checked and measured, without patient data."""
+        slices, rows, columns = self.result.voxels.shape
+        return [
+            f"{slices} derived instances, one for each source instance, in one new series "
+            "of the same study",
+            "every one says Synthetic Data YES and names its own source in SourceImageSequence",
+            f"geometry equal: {slices} x {rows} x {columns} voxels of "
+            + " x ".join(f"{mm:g}" for mm in self.result.spacing_mm)
+            + " mm",
+            f"in the body the HU changed by {self.mean_change_hu:+.2f} on average, "
+            f"by {self.mean_absolute_change_hu:.1f} in absolute value",
+            f"noise in soft tissue: {self.noise_before_hu:.1f} HU before, "
+            f"{self.noise_after_hu:.1f} HU after",
+        ]
+
+
+def compare(source: Sequence[Dataset], derived: Sequence[Dataset]) -> Comparison:
+    """Check a derived CT series against its source, and measure the difference.
+
+    Raises:
+        DicomNodeError: the first thing that is wrong with the derived series.
+        SeriesRefused: one of the two is no volume.
+    """
+    images = [dataset for dataset in derived if "PixelData" in dataset]
+    _check_series(source, images)
+    before, sources = volume_from_datasets(source, min_slices=1, allow_lossy=True)
+    after, results = volume_from_datasets(images, min_slices=1, allow_lossy=True)
+    _check_geometry(before, after)
+    _check_references(sources, results)
+    change = (after.voxels - before.voxels)[before.voxels > -300]
+    blocks = [_blocks(volume.voxels) for volume in (before, after)]
+    mean = blocks[1].mean(axis=-1)
+    soft = (mean > 0) & (mean < 100) & (np.ptp(blocks[1], axis=-1) < 150)
+    noise = [float(np.median(b.std(axis=-1)[soft])) if soft.any() else 0.0 for b in blocks]
+    return Comparison(
+        before,
+        after,
+        float(change.mean(dtype=np.float64)) if change.size else 0.0,
+        float(np.abs(change).mean(dtype=np.float64)) if change.size else 0.0,
+        noise[0],
+        noise[1],
+        str(images[0].get("SeriesDescription", "")),
+        str(np.atleast_1d(images[0].get("SoftwareVersions", ""))[-1]),
+    )
+
+
+def _check_series(source: Sequence[Dataset], images: Sequence[Dataset]) -> None:
+    if len(images) != len(source):
+        raise DicomNodeError(f"{len(source)} instances sent, {len(images)} derived came back")
+    old, new = ({str(d.SeriesInstanceUID) for d in group} for group in (source, images))
+    if len(new) != 1 or new & old:
+        raise DicomNodeError(f"the derived instances are not one new series, but {len(new)}")
+    if {d.StudyInstanceUID for d in images} != {d.StudyInstanceUID for d in source}:
+        raise DicomNodeError("the derived series is not in the study of its source")
+    unmarked = [d for d in images if d.get("SyntheticData") != "YES"]
+    if unmarked:
+        raise DicomNodeError(f"{len(unmarked)} derived instances do not say Synthetic Data YES")
+
+
+def _check_geometry(before: Volume, after: Volume) -> None:
+    same = (
+        before.voxels.shape == after.voxels.shape
+        and np.array_equal(before.positions, after.positions)
+        and np.array_equal(before.orientation, after.orientation)
+        and before.spacing_mm == after.spacing_mm
+        and before.frame_of_reference_uid in ("", after.frame_of_reference_uid)
+    )
+    if not same:
+        raise DicomNodeError("the derived series has another geometry than its source")
+
+
+def _check_references(sources: Sequence[Dataset], results: Sequence[Dataset]) -> None:
+    """Slice by slice, in the order of position: the same place, the right source."""
+    for old, new in zip(sources, results, strict=True):
+        items = new.get("SourceImageSequence") or []
+        if not items or items[0].get("ReferencedSOPInstanceUID") != old.SOPInstanceUID:
+            raise DicomNodeError(f"{new.SOPInstanceUID} does not name {old.SOPInstanceUID}")
+
+
+def _blocks(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(slices, rows, columns) -> (slices, block rows, block columns, voxels of a block)."""
+    slices, rows, columns = (n // m for n, m in zip(voxels.shape, (1, _BLOCK, _BLOCK), strict=True))
+    whole = voxels[:, : rows * _BLOCK, : columns * _BLOCK]
+    tiles = whole.reshape(slices, rows, _BLOCK, columns, _BLOCK).swapaxes(2, 3)
+    return tiles.reshape(slices, rows, columns, _BLOCK * _BLOCK)
+
+
+# --- the picture ------------------------------------------------------------------------------
+def write_picture(comparison: Comparison, path: Path) -> None:
+    """Source, result and difference of one slice and of a part of it, all in the same window."""
+    body = comparison.source.voxels > -300
+    index = int(np.argmax(body.mean(axis=(1, 2)) > 0.9 * body.mean(axis=(1, 2)).max()))
+    source, result = comparison.source.voxels[index], comparison.result.voxels[index]
+    rows, columns = _square_about(body[index])
+    middle, part = (rows.start + rows.stop) // 2, (rows.stop - rows.start) // 6
+    centre = (columns.start + columns.stop) // 2
+    zoom = (slice(middle - part, middle + part), slice(centre - part, centre + part))
+    panels = [
+        [_panel(hu[box], level) for hu, level in ((source, 40), (result, 40), (result - source, 0))]
+        for box in ((rows, columns), zoom)
+    ]
+    heads = (
+        ("SOURCE", "as received", _INK),
+        ("RESULT   SYNTHETIC, not acquired", f"{comparison.model}", _WARNING),
+        ("DIFFERENCE", "result - source, grey is 0", _INK),
+    )
+    _sheet(panels, heads, comparison, index).save(path)
+
+
+def _square_about(body: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """The smallest square about the body, inside the image."""
+    if not body.any():
+        return slice(0, body.shape[0]), slice(0, body.shape[1])
+    rows, columns = (np.flatnonzero(body.any(axis=axis)) for axis in (1, 0))
+    half = (max(np.ptp(rows), np.ptp(columns)) + 12) // 2
+    spans = []
+    for found, size in zip((rows, columns), body.shape, strict=True):
+        middle = int(found[0] + found[-1]) // 2
+        spans.append(slice(max(0, middle - int(half)), min(size, middle + int(half))))
+    return spans[0], spans[1]
+
+
+def _panel(hu: NDArray[np.float32], level: float, width: float = 400) -> Image.Image:
+    grey = np.clip((hu - level) / width + 0.5, 0, 1) * 255
+    image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    scale = _PANEL / max(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _sheet(
+    panels: Sequence[Sequence[Image.Image]],
+    heads: Sequence[tuple[str, str, tuple[int, int, int]]],
+    comparison: Comparison,
+    index: int,
+) -> Image.Image:
+    gap, head, foot = 6, 58, 32
+    heights = [max(panel.height for panel in row) for row in panels]
+    width = 3 * _PANEL + 4 * gap
+    sheet = Image.new("RGB", (width, head + sum(heights) + 2 * gap + foot), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(20), ImageFont.load_default(15)
+    for column, (title, words, ink) in enumerate(heads):
+        x = gap + column * (_PANEL + gap)
+        draw.text((x + 4, 6), title, ink, large)
+        draw.text((x + 4, 32), words, ink, small)
+        y = head
+        for row, height in zip(panels, heights, strict=True):
+            sheet.paste(row[column], (x + (_PANEL - row[column].width) // 2, y))
+            y += height + gap
+        if title.startswith("RESULT"):
+            draw.text((x + 10, head + heights[0] - 28), "SYNTHETIC", _WARNING, large)
+    words = (
+        f"slice {index + 1} of {len(comparison.source.voxels)}, all panels 400 HU wide, "
+        f"images about 40 HU; noise in soft tissue {comparison.noise_before_hu:.0f} HU "
+        f"-> {comparison.noise_after_hu:.0f} HU. Research use, not a medical device."
+    )
+    draw.text((gap + 4, sheet.height - foot + 6), words, _INK, small)
+    return sheet

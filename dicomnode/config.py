@@ -1,0 +1,346 @@
+"""config.yaml as frozen dataclasses.
+
+A wrong file never starts the node: unknown keys, missing keys and wrong values are reported with
+the path of the key (``routes[0].model: ...``), all of them at once. Keys of the contract that this
+version cannot honour yet are refused by name, never silently ignored.
+"""
+
+import dataclasses
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydicom.datadict import tag_for_keyword
+
+from dicomnode import schema
+from dicomnode.errors import ConfigError, NotYetError
+from dicomnode.schema import Builder, Check, setting
+
+
+def _ae_title(value: str) -> str | None:
+    if value.strip() and len(value) <= 16 and value.isascii() and "\\" not in value:
+        return None if value.isprintable() else "control characters are not allowed"
+    return "must be 1 to 16 ASCII characters without a backslash (PS3.5 6.2, VR AE)"
+
+
+def _between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"must be between {low:g} and {high:g}"
+
+
+def _device(value: str) -> str | None:
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)
+    return None if known else "must be auto, cpu, cuda or cuda:N"
+
+
+_PORT = _between(0, 65535)
+_NOT_NEGATIVE = _between(0, 1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSection:
+    ae_title: str = setting("DICOMNODE", "our AE title, at most 16 characters", check=_ae_title)
+    bind: str = setting("0.0.0.0", "address the Storage SCP listens on")  # noqa: S104
+    port: int = setting(11112, "TCP port of the Storage SCP; 0 takes a free one", check=_PORT)
+    data_dir: Path = setting(Path("data"), "spool, journal and results")
+    unknown_callers: Literal["refuse", "accept"] = setting(
+        "refuse", "AE titles and hosts not listed in peers"
+    )
+    max_associations: int = setting(100, "associations at a time", check=_between(1, 10000))
+    max_pdu_bytes: int = setting(131072, "longest PDU we ask for", check=_between(4096, 2**27))
+    reserve_free_gb: float = setting(
+        5.0, "free space in GB below which C-STORE answers 0xA700", check=_between(0, 1e6)
+    )
+    tls: Mapping[str, Any] | None = setting(None, "DICOM TLS: not yet")
+    journal: str | None = setting(None, "a PostgreSQL URL: not yet; null keeps SQLite in data_dir")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSection:
+    bind: str = setting("127.0.0.1", "address of the HTTP port")
+    port: int = setting(8080, "HTTP port; 0 takes a free one", check=_PORT)
+    token: str | None = setting(
+        None, "bearer token; required when bind is not loopback", secret=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    ae_title: str = setting("", "AE title of the peer")
+    host: str | None = setting(None, "its host name, address or network (10.0.0.0/8)")
+    port: int | None = setting(None, "its port, when we send to it", check=_between(1, 65535))
+    storage_commitment: bool = setting(False, "ask it to commit what we sent: not yet")
+    max_associations: int = setting(2, "associations to it at a time", check=_between(1, 64))
+    tls: bool = setting(False, "DICOM TLS to this peer: not yet")
+    retry_for_hours: float = setting(
+        72.0, "hours after which a delivery is parked", check=_NOT_NEGATIVE
+    )
+    dicomweb: str | None = setting(None, "STOW-RS address instead of DIMSE: not yet")
+    token: str | None = setting(None, "bearer token for dicomweb: not yet", secret=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesSection:
+    quiet_seconds: float = setting(
+        10.0,
+        "a series is complete when nothing new came for this many seconds ...",
+        check=_NOT_NEGATIVE,
+    )
+    quiet_seconds_if_released: float = setting(
+        2.0,
+        "... or this many after the last association that carried it was released, without a gap",
+        check=_NOT_NEGATIVE,
+    )
+    hold_incomplete_seconds: float = setting(
+        300.0,
+        "seconds to wait for missing slices, or for a sender we cut off, before going on",
+        check=_NOT_NEGATIVE,
+    )
+    on_late_instances: Literal["regenerate", "hold"] = setting(
+        "regenerate", "instances after completion: translate the whole series again, or only keep"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionSection:
+    received_hours: float = setting(24.0, "hours to keep received instances", check=_NOT_NEGATIVE)
+    results_hours: float = setting(168.0, "hours to keep derived instances", check=_NOT_NEGATIVE)
+    require_commitment: bool = setting(
+        True, "delete nothing that a peer with storage_commitment has not committed"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What one attribute of a series must be; every part that is given must hold."""
+
+    present: bool | None = None
+    any: tuple[str, ...] | None = None
+    """Patterns with ``*`` and ``?``, without regard to case; one must match one value."""
+    none_of: tuple[str, ...] | None = None
+    min: float | None = None
+    max: float | None = None
+    regex: str | None = None
+
+    SHAPE: ClassVar[dict[str, Any]] = {
+        "description": "a scalar, a list (any of), or present, not, min, max, regex, any",
+        "anyOf": [
+            {"type": ["string", "number", "boolean"]},
+            {"type": "array", "items": {"type": ["string", "number"]}},
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "present": {"type": "boolean"},
+                    "any": {"type": ["array", "string", "number"]},
+                    "not": {"type": ["array", "string", "number"]},
+                    "min": {"type": "number"},
+                    "max": {"type": "number"},
+                    "regex": {"type": "string"},
+                },
+            },
+        ],
+    }
+
+    @classmethod
+    def read(cls, builder: Builder, value: Any, where: str) -> "Condition":
+        """A scalar, a list (any of), or a mapping of present, not, min, max, regex, any."""
+        if not isinstance(value, dict):
+            return cls(any=_patterns(builder, value, where))
+        parts: dict[str, Any] = {}
+        for key, part in value.items():
+            inner = f"{where}.{key}"
+            if key in ("any", "not"):
+                name = "any" if key == "any" else "none_of"
+                parts[name] = _patterns(builder, part, inner)
+            elif key in ("min", "max"):
+                parts[key] = builder.build(float, part, inner)
+            elif key == "present":
+                parts[key] = builder.build(bool, part, inner)
+            elif key == "regex":
+                parts[key] = _regex(builder, part, inner)
+            else:
+                builder.fail(inner, "unknown; known here: present, not, min, max, regex, any")
+        if not value:
+            builder.fail(where, "says nothing; use {present: true}")
+        return cls(**parts)
+
+
+def _patterns(builder: Builder, value: Any, where: str) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, (str, int, float)) for item in items):
+        builder.fail(where, "expected a text, a number or a list of them")
+        return ()
+    return tuple(str(item) for item in items)
+
+
+def _regex(builder: Builder, value: Any, where: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        builder.fail(where, f"not a regular expression: {error}")
+    return str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    name: str = setting(doc="shown in status, logs and metrics")
+    match: Mapping[str, Condition] = setting(doc="DICOM keyword: what it must be in all instances")
+    model: str = setting(doc="folder of the model package in models_dir")
+    send_to: tuple[str, ...] = setting(doc="names in peers")
+    priority: Literal["stat", "routine", "offpeak"] = setting("routine", "order of translation")
+    qa: Literal["gate", "flag", "off"] = setting(
+        "gate", "what fails QA: hold it, send it marked, or do not look"
+    )
+    shadow: bool = setting(False, "run and record, send nothing")
+    final: bool = setting(False, "a match stops the search")
+    accept_synthetic: bool = setting(False, "translate what is synthetic already")
+    allow_lossy: bool = setting(False, "translate lossily compressed sources")
+    series_number: int | str = setting("+1000", "offset (+N) on the source's number, or a number")
+    description: str = setting("{source} [SYN {model}]", "SeriesDescription of the result")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    node: NodeSection = setting(NodeSection(), "the receiving AE")
+    http: HttpSection = setting(HttpSection(), "health, metrics and status over HTTP")
+    peers: Mapping[str, Peer] = setting({}, "every AE we talk with, by a name of our own")
+    series: SeriesSection = setting(SeriesSection(), "when a series is complete")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", check=_device)
+    precision: Literal["auto", "fp32", "bf16", "int8"] = setting(
+        "auto", "auto and fp32 so far; bf16 and int8: not yet"
+    )
+    models_dir: Path = setting(Path("models"), "folder of the model packages")
+    engine: str | Mapping[str, Any] = setting("local", "local; ray: not yet")
+    retention: RetentionSection = setting(RetentionSection(), "when stored instances are deleted")
+    routes: tuple[Route, ...] = setting((), "every matching route runs, in this order")
+
+    def peer_by_title(self, ae_title: str) -> str | None:
+        """The name of the first peer with this AE title."""
+        return next((n for n, p in self.peers.items() if p.ae_title == ae_title), None)
+
+
+def load_config(path: Path) -> NodeConfig:
+    """Read and check `path`; relative folders are taken from the folder of the file.
+
+    Raises:
+        NotYetError: the only problem is a key this version cannot honour.
+        ConfigError: the file cannot be read or is wrong; the message has a line per problem.
+    """
+    try:
+        data = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    return config_from_mapping(data, path.parent)
+
+
+def config_from_mapping(data: Any, folder: Path) -> NodeConfig:
+    """`data` as parsed from YAML -> the configuration; `folder` is where relative paths start."""
+    builder = Builder()
+    config: NodeConfig = builder.build(NodeConfig, {} if data is None else data, "")
+    if not builder.problems:
+        builder.problems += _references(config)
+    if builder.problems:
+        raise ConfigError("\n".join(builder.problems))
+    if missing := _not_yet(config):
+        raise NotYetError("\n".join(missing))
+    node = dataclasses.replace(config.node, data_dir=folder / config.node.data_dir)
+    return dataclasses.replace(config, node=node, models_dir=folder / config.models_dir)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of config.yaml, for editors that complete it (``check --schema``)."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dicomnode config.yaml",
+        **schema.json_schema(NodeConfig),
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``+1000`` stays text: the sign says that it is an offset."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: resolvers
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    if first != "+"
+}
+
+
+def _references(config: NodeConfig) -> list[str]:
+    """Keys whose values are right alone and wrong together."""
+    problems = []
+    for name, peer in config.peers.items():
+        where = f"peers.{name}"
+        if not peer.dicomweb and (why := _ae_title(peer.ae_title)):
+            problems.append(f"{where}.ae_title: {why}")
+        if peer.host and "/" in peer.host:
+            try:
+                ipaddress.ip_network(peer.host)
+            except ValueError as error:
+                problems.append(f"{where}.host: {error}")
+    for index, route in enumerate(config.routes):
+        problems += _route_problems(route, f"routes[{index}]", config)
+    names = [route.name for route in config.routes]
+    problems += [
+        f"routes: two are named {n!r}" for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    if config.http.token is None and not _is_loopback(config.http.bind):
+        problems.append("http.token: required when http.bind is not loopback")
+    return problems
+
+
+def _route_problems(route: Route, where: str, config: NodeConfig) -> list[str]:
+    problems = []
+    for keyword in route.match:
+        if tag_for_keyword(keyword) is None and keyword not in EXTRA_KEYWORDS:
+            problems.append(f"{where}.match.{keyword}: not a DICOM keyword")
+    for name in route.send_to:
+        peer = config.peers.get(name)
+        if peer is None:
+            problems.append(f"{where}.send_to: no peer named {name!r}")
+        elif not peer.dicomweb and (peer.port is None or peer.host is None or "/" in peer.host):
+            problems.append(f"{where}.send_to: peer {name!r} needs a host and a port to send to")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", route.model):
+        problems.append(f"{where}.model: not the name of a folder in models_dir")
+    if not re.fullmatch(r"\+?\d{1,9}", str(route.series_number)):
+        problems.append(f"{where}.series_number: must be a number, or +N for an offset")
+    if why := _description_problem(route.description):
+        problems.append(f"{where}.description: {why}")
+    return problems
+
+
+EXTRA_KEYWORDS = ("CallingAETitle", "CalledAETitle", "Instances")
+"""What `match` may name beside DICOM attributes."""
+
+
+def _description_problem(template: str) -> str | None:
+    fields = set(re.findall(r"\{(\w*)\}", template))
+    if fields - {"source", "model"} or re.sub(r"\{\w*\}", "", template).strip("{}") == "":
+        return "may use {source} and {model}, and must say that the series is synthetic"
+    return None if template.isascii() else "must be ASCII, which every character set has"
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or address == "::1" or address.startswith("127.")
+
+
+def _not_yet(config: NodeConfig) -> list[str]:
+    """Keys of the contract that later versions honour: refused, so that nobody relies on them."""
+    later = {
+        "node.tls": config.node.tls is not None,
+        "node.journal": config.node.journal is not None,
+        "precision": config.precision in ("bf16", "int8"),
+        "engine": config.engine != "local",
+    }
+    for name, peer in config.peers.items():
+        later[f"peers.{name}.storage_commitment"] = peer.storage_commitment
+        later[f"peers.{name}.tls"] = peer.tls
+        later[f"peers.{name}.dicomweb"] = peer.dicomweb is not None
+    return [f"{key}: not yet in this version; remove it" for key, used in later.items() if used]

@@ -1,0 +1,306 @@
+"""What `make demo` runs: the shipped node between a scanner and a PACS, on this machine.
+
+The node is started as anyone would start it, as a process of its own with a config.yaml; only
+ports, folders, waits and peers are the demo's. Everything then goes over C-STORE.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import yaml
+from pydicom.errors import InvalidDicomError
+from pynetdicom import AE, StoragePresentationContexts, build_context, evt
+
+from dicomnode.comparison import compare, write_picture
+from dicomnode.config import load_config
+from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError, WorkerLost
+from dicomnode.imaging.phantom import phantom_series
+
+SCANNER, NODE, PACS = "DEMOSCANNER", "DICOMNODE", "DEMOPACS"
+READY_SECONDS, STOP_SECONDS, RESULT_SECONDS = 90.0, 20.0, 100.0
+BUSY = {"queued", "translating", "sending"}
+
+
+def run_demo(config_path: Path, out: Path, dicom: Path | None, model: str | None = None) -> int:
+    """Send a CT series through a node of its own and check what comes back.
+
+    Args:
+        config_path: the config.yaml to start from; its routes and models are used, its peers,
+            ports and data folder are not, so that nothing leaves this machine.
+        out: folder for source/, derived/, before-after.png and node.log.
+        dicom: folder with a series to send; None for the phantom.
+        model: a model package for every route instead of the configured one.
+
+    Returns:
+        0 if the derived series came back and is right, else 1; the last line says why.
+    """
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        _demo(config_path, out, dicom, model)
+    except (DicomNodeError, OSError, subprocess.SubprocessError) as error:
+        print(f"demo failed: {error}\nlog of the node: {out / 'node.log'}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _terminated(*_: object) -> None:
+    """Leave through every `finally`, so that the node is stopped."""
+    raise SystemExit(1)
+
+
+def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -> None:
+    started = time.monotonic()
+    source, derived = out / "source", out / "derived"
+    for folder in (source, derived):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    files = _phantom(source) if dicom is None else _copy(dicom, source)
+    series_uid = str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID)
+    ports = _free_ports(3)
+    with (
+        tempfile.TemporaryDirectory(prefix="dicomnode-demo-") as work,
+        _pacs(derived, ports[2]) as pacs,
+    ):
+        config = _derived_config(config_path, Path(work), ports, model)
+        with _node(config, out / "node.log", ports[1]):
+            _send(files, ports[0])
+            _wait_for_result(config, series_uid, pacs, len(files))
+            _say("The timeline of the series, as `dicomnode status` tells it:")
+            print(_status(config, series_uid))
+        _say("the node has stopped")
+    _compare(files, pacs.files, out)
+    _say(f"done in {time.monotonic() - started:.0f} s; look at {out / 'before-after.png'}")
+
+
+def _say(text: str) -> None:
+    print(f"demo: {text}", flush=True)
+
+
+# --- the source -------------------------------------------------------------------------------
+def _phantom(folder: Path) -> list[Path]:
+    _say("drawing a chest phantom and the noise of a low dose ...")
+    files = []
+    for number, dataset in enumerate(phantom_series(), 1):
+        files.append(folder / f"{number:04d}.dcm")
+        dataset.save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def _copy(dicom: Path, folder: Path) -> list[Path]:
+    """The largest series under `dicom`, copied under plain names."""
+    if not dicom.is_dir():
+        raise ConfigError(f"{dicom}: no such folder; name one that holds a CT series")
+    series: dict[str, list[Path]] = {}
+    for path in sorted(p for p in dicom.rglob("*") if p.is_file()):
+        with contextlib.suppress(InvalidDicomError):
+            uid = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"]).get(
+                "SeriesInstanceUID"
+            )
+            series.setdefault(str(uid), []).append(path)
+    series.pop("None", None)
+    if not series:
+        raise ConfigError(f"{dicom}: no DICOM instances in it; name a folder with a CT series")
+    found = max(series.values(), key=len)
+    if len(series) > 1:
+        _say(f"{len(series)} series in that folder; sending the one with most instances")
+    return [
+        Path(shutil.copyfile(path, folder / f"{number:04d}.dcm"))
+        for number, path in enumerate(found, 1)
+    ]
+
+
+# --- the three parties --------------------------------------------------------------------------
+@dataclass(slots=True)
+class _Pacs:
+    """A small Storage SCP, and what it has received."""
+
+    port: int
+    files: list[Path]
+
+
+@contextlib.contextmanager
+def _pacs(folder: Path, port: int) -> Iterator[_Pacs]:
+    pacs, lock = _Pacs(port, []), threading.Lock()
+
+    def store(event: evt.Event) -> int:
+        with lock:
+            path = folder / f"{len(pacs.files) + 1:04d}.dcm"
+            path.write_bytes(event.encoded_dataset())
+            pacs.files.append(path)
+        return 0x0000
+
+    ae = AE(PACS)
+    ae.supported_contexts = StoragePresentationContexts
+    ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try:
+        yield pacs
+    finally:
+        ae.shutdown()
+
+
+def _derived_config(shipped: Path, work: Path, ports: Sequence[int], model: str | None) -> Path:
+    """The shipped config.yaml with free ports, an own data folder, and only the demo's peers."""
+    if not load_config(shipped).routes:  # which also says what is wrong with it
+        raise ConfigError(f"{shipped}: no routes; the demo needs one that takes its series")
+    text = shipped.read_text("utf-8")
+    config = yaml.safe_load(text)
+    config.setdefault("node", {}).update(
+        ae_title=NODE, bind="127.0.0.1", port=ports[0], data_dir=str(work / "data"),
+        unknown_callers="refuse", reserve_free_gb=0.1,
+    )  # fmt: skip
+    config.setdefault("http", {}).update(bind="127.0.0.1", port=ports[1], token=None)
+    config["peers"] = {
+        "scanner": {"ae_title": SCANNER, "host": "127.0.0.1"},
+        "pacs": {"ae_title": PACS, "host": "127.0.0.1", "port": ports[2]},
+    }
+    config.setdefault("series", {}).update(
+        quiet_seconds=4, quiet_seconds_if_released=1, hold_incomplete_seconds=10
+    )
+    config["models_dir"] = str((shipped.parent / config.get("models_dir", "models")).resolve())
+    verbatim = yaml.load(text, yaml.BaseLoader)  # noqa: S506 (nothing but texts)
+    for route, texts in zip(config["routes"], verbatim["routes"], strict=True):
+        route.update({k: v for k, v in texts.items() if k == "series_number"})  # keeps the +
+        route["send_to"] = ["pacs"]
+        route["model"] = model or route["model"]
+    path = work / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def _node(config: Path, log: Path, http_port: int) -> Iterator[None]:
+    """The node as a process of its own, stopped with SIGTERM, and in any case gone at the end."""
+    command = [sys.executable, "-m", "dicomnode", "serve", "--config", str(config)]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
+            command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, http_port)
+        yield
+        process.terminate()
+        if code := process.wait(STOP_SECONDS):
+            raise WorkerLost(f"the node ended with exit code {code} instead of 0")
+    except subprocess.TimeoutExpired as error:
+        raise WorkerLost(f"the node still ran {STOP_SECONDS:.0f} s after SIGTERM") from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], http_port: int) -> None:
+    _say("starting the node ...")
+    answer = "no answer"
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise WorkerLost(f"the node did not start (exit code {process.returncode})")
+        connection = http.client.HTTPConnection("127.0.0.1", http_port, timeout=5)
+        try:
+            connection.request("GET", "/readyz")
+            response = connection.getresponse()
+            answer = response.read(500).decode("utf-8", "replace").strip()
+            if response.status == 200:
+                _say("the node is ready")
+                return
+        except (OSError, http.client.HTTPException):
+            pass  # not listening yet
+        finally:
+            connection.close()
+        time.sleep(0.2)
+    raise WorkerLost(f"the node is not ready after {READY_SECONDS:.0f} s: {answer}")
+
+
+def _send(files: Sequence[Path], port: int) -> None:
+    """Send over one association, each instance in the transfer syntax that it has."""
+    kinds = {
+        (str(d.file_meta.MediaStorageSOPClassUID), str(d.file_meta.TransferSyntaxUID))
+        for d in (pydicom.dcmread(path, specific_tags=["SOPClassUID"]) for path in files)
+    }
+    contexts = [build_context(sop_class, syntax) for sop_class, syntax in sorted(kinds)]
+    association = AE(SCANNER).associate("127.0.0.1", port, contexts, NODE)
+    if not association.is_established:
+        raise DeliveryError("the node rejected the association")
+    try:
+        for number, path in enumerate(files, 1):
+            status = association.send_c_store(path).get("Status")
+            if status != 0x0000:
+                what = "no answer" if status is None else f"status 0x{status:04X}"
+                raise DeliveryError(f"C-STORE of instance {number} of {len(files)}: {what}")
+            if number % max(1, len(files) // 4) == 0 or number == len(files):
+                _say(f"sent {number} of {len(files)} instances")
+    finally:
+        association.release()
+
+
+# --- the result ---------------------------------------------------------------------------------
+def _status(config: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "dicomnode", "status", "--config", str(config), *arguments]
+    done = subprocess.run(  # noqa: S603 (our own interpreter and module)
+        command, capture_output=True, text=True, timeout=60, check=False
+    )
+    if done.returncode:
+        raise DicomNodeError(f"dicomnode status: {done.stderr.strip() or done.returncode}")
+    return done.stdout.strip()
+
+
+def _wait_for_result(config: Path, series_uid: str, pacs: _Pacs, sent: int) -> None:
+    """Until the node has done with the series; the journal says so, through `dicomnode status`."""
+    _say("waiting: quiet time, translation, delivery ...")
+    deadline = time.monotonic() + RESULT_SECONDS + sent
+    told, state = 0, ""
+    while time.monotonic() < deadline:
+        if len(pacs.files) > told:
+            told = len(pacs.files)
+            _say(f"the PACS has received {told} derived instances")
+        if told >= sent or not told:
+            state = _status(config, "--json", series_uid)
+            if _settled(json.loads(state)):
+                break
+        time.sleep(1.0)
+    else:
+        raise WorkerLost(f"no result after {RESULT_SECONDS + sent:.0f} s; {told} instances so far")
+    if not pacs.files:
+        _say("the node sent nothing; `dicomnode status` says:")
+        print(_status(config, series_uid))
+        raise DicomNodeError("no derived series; the timeline above says why")
+
+
+def _settled(series: dict[str, Any]) -> bool:
+    """Whether nothing more will happen to the series by itself."""
+    return not series["open"] and not any(job["state"] in BUSY for job in series["jobs"])
+
+
+def _compare(sent: Sequence[Path], received: Sequence[Path], out: Path) -> None:
+    comparison = compare(
+        [pydicom.dcmread(path) for path in sent], [pydicom.dcmread(path) for path in received]
+    )
+    for sentence in comparison.sentences():
+        _say(f"checked: {sentence}")
+    write_picture(comparison, out / "before-after.png")

@@ -1,0 +1,100 @@
+"""Every error this package raises on purpose.
+
+    DicomNodeError
+    ├── ConfigError            config.yaml is wrong; the message names the key
+    ├── NotYetError            a key or command of the contract that this version does not have
+    ├── InstanceRefused        an SOP instance answered with a failure status
+    │   ├── OutOfResources       0xA700
+    │   ├── DataSetMismatch      0xA900
+    │   ├── CannotUnderstand     0xC000
+    │   └── DuplicateInstance    0x0111
+    ├── SeriesRefused          a stored series that must not be translated, and why
+    ├── PackageError           a model package is damaged or does not fit
+    ├── WorkerLost             a worker process died or did not answer
+    ├── JournalError           a change of state that the life-cycle table does not have
+    └── DeliveryError          a derived series did not reach its destination
+        └── DeliveryRefused      and never will, as things stand
+
+Messages carry UIDs and attribute keywords, never attribute values of the patient. Every message
+says what is wrong and what to do about it.
+"""
+
+
+class DicomNodeError(Exception):
+    """Base class: catch this to catch anything we raise."""
+
+
+class ConfigError(DicomNodeError):
+    """The configuration is wrong; the message starts with the path of the key."""
+
+
+class NotYetError(ConfigError):
+    """Part of the contract that this version does not do; refused rather than ignored."""
+
+
+class InstanceRefused(DicomNodeError):
+    """An SOP instance we do not keep; `status` is the C-STORE response status (PS3.4 B.2.3)."""
+
+    status = 0x0110
+
+
+class OutOfResources(InstanceRefused):
+    """Refused: out of resources (PS3.4 Table B.2-1)."""
+
+    status = 0xA700
+
+
+class DataSetMismatch(InstanceRefused):
+    """Error: data set does not match SOP class (PS3.4 Table B.2-1)."""
+
+    status = 0xA900
+
+
+class CannotUnderstand(InstanceRefused):
+    """Error: cannot understand (PS3.4 Table B.2-1)."""
+
+    status = 0xC000
+
+
+class DuplicateInstance(InstanceRefused):
+    """Another instance of the same SOP Instance UID is stored (PS3.7 C.5.6)."""
+
+    status = 0x0111
+
+
+class SeriesRefused(DicomNodeError):
+    """A stored series that must not be translated.
+
+    Attributes:
+        code: machine-readable reason, for example ``MISSING_SLICES``.
+        remedy: what the administrator or the sender can do.
+    """
+
+    def __init__(self, code: str, message: str, remedy: str) -> None:
+        super().__init__(f"{code}: {message}; {remedy}")
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type["SeriesRefused"], tuple[str, str, str]]:
+        return SeriesRefused, (self.code, self.message, self.remedy)
+
+
+class PackageError(DicomNodeError):
+    """A model package is damaged, or does not fit what it was asked to do."""
+
+
+class WorkerLost(DicomNodeError):
+    """A worker process died or stopped answering; the job it had can run again."""
+
+
+class JournalError(DicomNodeError):
+    """The journal cannot do what was asked; the message names the record and its state."""
+
+
+class DeliveryError(DicomNodeError):
+    """A derived series did not reach its destination; it stays in the outbox and is retried."""
+
+
+class DeliveryRefused(DeliveryError):
+    """The destination refuses for good (PS3.8 9.3.4 permanent, or 0xA9xx/0xCxxx)."""

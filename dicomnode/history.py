@@ -1,0 +1,93 @@
+"""Read-only views of the journal for `status`, HTTP and metrics: UIDs, states, counts, times."""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from sqlalchemy import case, func, select
+
+from dicomnode import tables as t
+from dicomnode.tables import Database
+
+
+class History:
+    """What the journal tells people and other programs; changes nothing."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def series(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The most recent series first, each with its jobs and their deliveries."""
+        s, i = t.series.c, t.instances.c
+        counted = (
+            select(
+                i.series_uid,
+                func.count().label("instances"),
+                func.sum(case((i.purged, 1), else_=0)).label("purged"),
+            )
+            .group_by(i.series_uid)
+            .subquery()
+        )
+        query = (
+            select(t.series, counted.c.instances, counted.c.purged)
+            .join(counted, counted.c.series_uid == s.series_uid)
+            .order_by(s.last_received.desc())
+            .limit(limit)
+        )
+        rows = [dict(row._mapping) for row in self._db.read(query)]
+        jobs = self._jobs([row["series_uid"] for row in rows])
+        return [{**row, "jobs": jobs.get(row["series_uid"], [])} for row in rows]
+
+    def one_series(self, series_uid: str) -> dict[str, Any] | None:
+        """One series with its jobs, conflicts and timeline; None: never received."""
+        rows = self._db.read(select(t.series).where(t.series.c.series_uid == series_uid))
+        if not rows:
+            return None
+        i, c, e = t.instances.c, t.conflicts.c, t.events.c
+        mine = i.series_uid == series_uid
+        instances = self._db.read(select(func.count()).where(mine))[0][0]
+        conflicts = self._db.read(select(c.sop_instance_uid).where(c.series_uid == series_uid))
+        events = self._db.read(
+            select(e.at, e.job, e.text).where(e.series_uid == series_uid).order_by(e.id)
+        )
+        return {
+            **rows[0]._mapping,
+            "instances": instances,
+            "quarantined": [uid for (uid,) in conflicts],
+            "jobs": self._jobs([series_uid]).get(series_uid, []),
+            "timeline": [dict(event._mapping) for event in events],
+        }
+
+    def _jobs(self, series_uids: list[str]) -> dict[str, list[dict[str, Any]]]:
+        j, d, a, o = t.jobs.c, t.deliveries.c, t.acceptances.c, t.outputs.c
+        jobs: dict[int, dict[str, Any]] = {}
+        for row in self._db.read(
+            select(t.jobs).where(j.series_uid.in_(series_uids)).order_by(j.id)
+        ):
+            job = dict(row._mapping)
+            job["findings"] = json.loads(job["findings"]) if job["findings"] else {}
+            jobs[job["id"]] = {**job, "deliveries": []}
+        sent = select(func.count()).where(a.delivery == d.id).scalar_subquery()
+        total = select(func.count()).where(o.job == d.job).scalar_subquery()
+        query = select(t.deliveries, sent.label("accepted"), total.label("instances"))
+        for row in self._db.read(query.where(d.job.in_(list(jobs))).order_by(d.id)):
+            jobs[row.job]["deliveries"].append(dict(row._mapping))
+        grouped = defaultdict(list)
+        for job in jobs.values():
+            grouped[job["series_uid"]].append(job)
+        return dict(grouped)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Jobs and deliveries by state, and open and closed series."""
+        return {
+            "jobs": self._count(t.jobs.c.state),
+            "deliveries": self._count(t.deliveries.c.state),
+            "series": {
+                "open" if is_open else "closed": number
+                for is_open, number in self._count(t.series.c.open).items()
+            },
+        }
+
+    def _count(self, column: Any) -> dict[Any, int]:
+        rows = self._db.read(select(column, func.count()).group_by(column))
+        return {row[0]: int(row[1]) for row in rows}

@@ -1,0 +1,236 @@
+"""One instance's stored pixel values, and the physical values they stand for."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    CTImageStorage,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
+
+from dicomnode.errors import SeriesRefused
+
+_ALWAYS_LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless}
+_PERHAPS_LOSSY = {JPEG2000, HTJ2K}  # lossless only if LossyImageCompression says so
+
+_STRICT_PLUGIN = {  # others, if installed, give an image for a truncated frame, silently
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How an instance stores values: ``value = slope * stored + intercept`` (PS3.3 C.11.1).
+
+    Attributes:
+        bits_stored: 1 to 16, of 16 allocated.
+        signed: PixelRepresentation 1.
+        slope, intercept: RescaleSlope and RescaleIntercept.
+        padding: lowest and highest stored value that means "no image here" (PS3.3 C.7.5.1.1.2).
+    """
+
+    bits_stored: int
+    signed: bool
+    slope: float
+    intercept: float
+    padding: tuple[int, int] | None = None
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest stored value that fits."""
+        if self.signed:
+            return -(1 << (self.bits_stored - 1)), (1 << (self.bits_stored - 1)) - 1
+        return 0, (1 << self.bits_stored) - 1
+
+    def to_physical(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored integers as physical values, float32, same shape."""
+        return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+    def to_stored(self, physical: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The nearest whole stored values, float64, same shape; they may lie outside `limits`."""
+        return np.rint((physical.astype(np.float64) - self.intercept) / self.slope)
+
+    def is_padding(self, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """True where `stored` is padding, same shape; None if nothing is."""
+        if self.padding is None:
+            return None
+        mask: NDArray[np.bool_] = (stored >= self.padding[0]) & (stored <= self.padding[1])
+        return mask if mask.any() else None
+
+
+SIGNED_16 = Encoding(16, True, 1.0, 0.0)
+"""What is written when values do not fit the source's encoding: whole HU."""
+
+
+def without_loss(encoding: Encoding, physical: NDArray[np.float32], native: Any) -> bool:
+    """Whether values fit an encoding to half a rescale quantum.
+
+    Args:
+        physical: (rows, columns), float32, in the unit the encoding is for.
+        native: (rows, columns), bool: where `physical` counts; or True for everywhere.
+    """
+    stored = encoding.to_stored(physical)
+    low, high = encoding.limits
+    if encoding.padding is not None:
+        first, last = encoding.padding
+        if first != last and np.any((stored >= first) & (stored <= last) & native):
+            return False
+        low, high = (low + (first == low), high - (last == high))
+    return bool(np.all(((stored >= low) & (stored <= high)) | np.logical_not(native)))
+
+
+def encode(
+    encoding: Encoding,
+    physical: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    padded: NDArray[Any] | int,
+) -> NDArray[Any]:
+    """Stored values, (rows, columns), int16 or uint16, of values that fit the encoding.
+
+    Args:
+        physical: (rows, columns), float32, in the unit the encoding is for.
+        mask: (rows, columns), bool: True where padding belongs; None: nowhere.
+        padded: the stored value, or values (rows, columns), to put there.
+
+    A native value that would be stored as padding is moved by one to the side it is nearer to,
+    since no native pixel may equal the padding value (PS3.3 C.7.5.1.1.2).
+    """
+    stored = encoding.to_stored(physical)
+    if encoding.padding is not None:
+        clash = encoding.is_padding(stored)
+        if clash is not None:
+            exact = (physical.astype(np.float64) - encoding.intercept) / encoding.slope
+            first, last = encoding.padding
+            low, high = encoding.limits
+            up = ((exact >= stored) & (last < high)) | (first == low)
+            stored[clash] = np.where(up, last + 1, first - 1)[clash]
+    if mask is not None:
+        stored[mask] = np.broadcast_to(padded, stored.shape)[mask]
+    return stored.astype(np.int16 if encoding.signed else np.uint16)
+
+
+def encoding_of(dataset: Dataset) -> Encoding:
+    """The encoding an instance declares.
+
+    PixelPaddingValue is read by its bits, since real files carry it as US beside signed pixels.
+
+    Raises:
+        SeriesRefused: NOT_16_BIT, NOT_HU (no usable rescale, or to something else than HU).
+    """
+    bits_stored, high_bit = int(dataset.get("BitsStored", 0)), dataset.get("HighBit")
+    if (
+        dataset.get("BitsAllocated") != 16
+        or not 1 <= bits_stored <= 16
+        or "PixelData" not in dataset
+    ):
+        raise refused("NOT_16_BIT", dataset, "stores no 16-bit integers", "send the original")
+    if high_bit != bits_stored - 1:
+        raise refused("NOT_16_BIT", dataset, "HighBit is not BitsStored - 1", "send the original")
+    signed = dataset.get("PixelRepresentation") == 1
+    slope, intercept = _rescale(dataset)
+    encoding = Encoding(bits_stored, signed, slope, intercept)
+    padding = _padding(dataset, encoding)
+    return Encoding(bits_stored, signed, slope, intercept, padding)
+
+
+def _rescale(dataset: Dataset) -> tuple[float, float]:
+    is_ct = dataset.SOPClassUID == CTImageStorage
+    if is_ct and (dataset.get("RescaleType") or "HU") != "HU":
+        raise refused("NOT_HU", dataset, "RescaleType is not HU", "send the CT image in HU")
+    if "ModalityLUTSequence" in dataset or (is_ct and "RescaleSlope" not in dataset):
+        raise refused("NOT_HU", dataset, "no RescaleSlope", "send the CT image in HU")
+    slope = numbers_of(dataset, "RescaleSlope", 1, "NOT_HU", default=(1.0,))[0]
+    intercept = numbers_of(dataset, "RescaleIntercept", 1, "NOT_HU", default=(0.0,))[0]
+    if slope == 0:
+        raise refused("NOT_HU", dataset, "RescaleSlope is 0", "send the CT image in HU")
+    return slope, intercept
+
+
+def _padding(dataset: Dataset, encoding: Encoding) -> tuple[int, int] | None:
+    ends = []
+    value = dataset.get("PixelPaddingValue")
+    for end in (value, dataset.get("PixelPaddingRangeLimit", value)):
+        if not isinstance(end, int):
+            return None
+        bits = end & 0xFFFF
+        ends.append(bits - 0x10000 if encoding.signed and bits & 0x8000 else bits)
+    low, high = encoding.limits
+    return (min(ends), max(ends)) if low <= min(ends) and max(ends) <= high else None
+
+
+def stored_values(dataset: Dataset) -> NDArray[Any]:
+    """Decoded stored pixel values, (rows, columns), int16 or uint16, unused bits cleared.
+
+    Every lossless transfer syntax of the same image gives the same values.
+
+    Raises:
+        SeriesRefused: UNDECODABLE.
+    """
+    try:
+        plugin = _STRICT_PLUGIN.get(dataset.file_meta.TransferSyntaxUID, "")
+        stored = pixel_array(dataset, raw=True, decoding_plugin=plugin)
+    except Exception as error:
+        raise refused(
+            "UNDECODABLE", dataset, f"pixel data: {type(error).__name__}", "send it again"
+        ) from error
+    if stored.ndim != 2 or stored.dtype.itemsize != 2:
+        raise refused("UNDECODABLE", dataset, f"decodes to {stored.shape}", "send it again")
+    unused = 16 - int(dataset.BitsStored)
+    return (stored << unused) >> unused if unused else stored
+
+
+def pixel_digest(stored: NDArray[Any]) -> str:
+    """The sha256 (hex) of stored values, (rows, columns), as little-endian integers."""
+    little = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
+    return hashlib.sha256(little.tobytes()).hexdigest()
+
+
+def is_lossy(dataset: Dataset) -> bool:
+    """Whether an instance has, or may have, gone through lossy compression."""
+    syntax = dataset.file_meta.TransferSyntaxUID if hasattr(dataset, "file_meta") else None
+    declared = dataset.get("LossyImageCompression")
+    return (
+        declared == "01"
+        or syntax in _ALWAYS_LOSSY
+        or (syntax in _PERHAPS_LOSSY and declared != "00")
+    )
+
+
+def numbers_of(
+    dataset: Dataset,
+    keyword: str,
+    count: int,
+    code: str,
+    default: tuple[float, ...] | None = None,
+) -> tuple[float, ...]:
+    """`count` finite numbers of an attribute, or a refusal that does not repeat its value."""
+    try:
+        value = dataset.get(keyword)
+        if value is None and default is not None:
+            return default
+        numbers = tuple(float(number) for number in np.ravel(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refused(code, dataset, f"{keyword} is no number", "send it again") from error
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise refused(code, dataset, f"{keyword} is missing or wrong", "send it again")
+    return numbers
+
+
+def refused(code: str, dataset: Dataset, what: str, remedy: str) -> SeriesRefused:
+    return SeriesRefused(code, f"instance {dataset.get('SOPInstanceUID')}: {what}", remedy)

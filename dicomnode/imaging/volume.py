@@ -1,0 +1,338 @@
+"""Instances of a series, in any order, as one calibrated volume in patient coordinates.
+
+Which slice lies where is told by ImagePositionPatient and ImageOrientationPatient alone, never by
+InstanceNumber, SliceLocation or the order of arrival (PS3.3 C.7.6.2.1.1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+)
+
+from dicomnode.errors import SeriesRefused
+from dicomnode.imaging.pixels import (
+    encoding_of,
+    is_lossy,
+    numbers_of,
+    pixel_digest,
+    refused,
+    stored_values,
+)
+
+Unit = Literal["HU", "BQML", "SUV", "AU"]
+
+_SOP_CLASS: dict[str, tuple[UID, str]] = {  # unit -> what can hold it, and the code if it does not
+    "HU": (CTImageStorage, "NOT_CT"),
+    "BQML": (PositronEmissionTomographyImageStorage, "NOT_PET"),
+    "AU": (MRImageStorage, "NOT_MR"),
+}
+_ENHANCED = {
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
+}
+GAP_TOLERANCE = 0.1
+"""How far a step may be from a whole multiple of the median step and still be a gap, in steps."""
+SAME_POSITION_MM = 0.01
+"""Slices closer than this along the normal lie at the same position."""
+SAME_DIRECTION = 1e-4
+"""Largest difference of a direction cosine within one stack: 0.05 mm at 500 mm."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """Voxels in a physical unit, slice by slice in patient coordinates.
+
+    Slices are parallel, but may be sheared (gantry tilt) or unevenly spaced: `positions` is the
+    truth, `spacing_mm` its summary.
+
+    Attributes:
+        voxels: (slices, rows, columns), float32, in `unit`.
+        unit: HU, BQML (Bq/ml), SUV (g/ml) or AU (MR, no physical unit).
+        positions: (slices, 3), float64, ImagePositionPatient in LPS mm, in slice order.
+        orientation: (6,), float64, ImageOrientationPatient: row, then column direction.
+        spacing_mm: median step along the normal, then between rows, then between columns.
+        frame_of_reference_uid: empty if the slices have none in common.
+        padding: (slices, rows, columns), bool: True where the source holds its PixelPaddingValue;
+            None if it has no such voxel.
+        digests: per slice the sha256 (hex) of the decoded stored values; empty if the volume was
+            not made from instances.
+    """
+
+    voxels: NDArray[np.float32]
+    unit: Unit
+    positions: NDArray[np.float64]
+    orientation: NDArray[np.float64]
+    spacing_mm: tuple[float, float, float]
+    frame_of_reference_uid: str
+    padding: NDArray[np.bool_] | None
+    digests: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.voxels.ndim != 3 or self.positions.shape != (self.voxels.shape[0], 3):
+            raise ValueError(f"voxels {self.voxels.shape}, positions {self.positions.shape}")
+        if self.padding is not None and self.padding.shape != self.voxels.shape:
+            raise ValueError(f"voxels {self.voxels.shape}, padding {self.padding.shape}")
+
+    def with_voxels(self, voxels: NDArray[np.float32], unit: Unit) -> "Volume":
+        """New values, (slices, rows, columns), float32, in `unit`, on the same grid."""
+        if voxels.shape != self.voxels.shape:
+            raise ValueError(f"voxels {voxels.shape} on a grid of {self.voxels.shape}")
+        return Volume(
+            voxels,
+            unit,
+            self.positions,
+            self.orientation,
+            self.spacing_mm,
+            self.frame_of_reference_uid,
+            self.padding,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What positions alone tell about parallel slices.
+
+    Attributes:
+        order: indices into the positions given, from the smallest to the largest projection on
+            the slice normal (row direction x column direction).
+        steps_mm: distance along the normal between neighbours in that order.
+        gaps: ordered slices after which at least one is missing.
+    """
+
+    order: tuple[int, ...]
+    steps_mm: tuple[float, ...]
+    gaps: tuple[int, ...]
+
+    @property
+    def median_step_mm(self) -> float:
+        """The usual distance between neighbours, mm; the lower median, 0 for a single slice."""
+        return sorted(self.steps_mm)[(len(self.steps_mm) - 1) // 2] if self.steps_mm else 0.0
+
+    @property
+    def missing(self) -> int:
+        """How many slices the gaps have room for."""
+        return sum(round(self.steps_mm[gap] / self.median_step_mm) - 1 for gap in self.gaps)
+
+    @property
+    def duplicates(self) -> int:
+        """How many slices lie where their predecessor lies."""
+        return sum(step < SAME_POSITION_MM for step in self.steps_mm)
+
+
+def stack_from_positions(
+    positions: Sequence[Sequence[float]], orientation: Sequence[float]
+) -> Stack:
+    """Order parallel slices along their normal and find the gaps between them.
+
+    A gap is a step of two, three, ... times the median step, to within `GAP_TOLERANCE` steps.
+    Other irregularities (blocks of 4 mm and 7 mm; 3.19, 3.27, 3.29 mm) are how the series is.
+
+    Args:
+        positions: (slices, 3), ImagePositionPatient, LPS mm, in any order.
+        orientation: (6,), ImageOrientationPatient of all of them.
+    """
+    directions = np.asarray(orientation, dtype=np.float64)
+    normal = np.cross(directions[:3], directions[3:])
+    along = np.asarray(positions, dtype=np.float64).reshape(-1, 3) @ normal
+    order = np.argsort(along, kind="stable")
+    steps = np.diff(along[order])
+    median = Stack((), tuple(steps), ()).median_step_mm
+    multiples = steps / median if median > SAME_POSITION_MM else np.zeros_like(steps)
+    whole = np.rint(multiples)
+    gaps = np.flatnonzero((whole >= 2) & (np.abs(multiples - whole) <= GAP_TOLERANCE))
+    return Stack(
+        tuple(int(index) for index in order),
+        tuple(float(step) for step in steps),
+        tuple(int(gap) for gap in gaps),
+    )
+
+
+def volume_from_datasets(
+    datasets: Sequence[Dataset],
+    unit: Unit = "HU",
+    *,
+    min_slices: int = 2,
+    allow_lossy: bool = False,
+) -> tuple[Volume, list[Dataset]]:
+    """Stack single-frame instances, in any order, into one calibrated volume.
+
+    Slice 0 has the smallest projection on the normal (row x column). Instances which are no image,
+    localizers, and repeats of a SOP instance are set aside; what is returned is what was used.
+
+    Args:
+        unit: what the voxels shall be: HU (CT), BQML (PET) or AU (MR).
+        min_slices: fewer are refused.
+        allow_lossy: accept what lossy compression has left (PS3.3 C.7.6.1.1.5).
+
+    Returns:
+        The volume, and the datasets it was made of in slice order.
+
+    Raises:
+        SeriesRefused: with one of the codes of docs/OPERATING.md, for example MISSING_SLICES.
+    """
+    images = _images(datasets, unit)
+    if len(images) < max(min_slices, 1):
+        raise SeriesRefused(
+            "SINGLE_SLICE" if len(images) == 1 else "TOO_FEW_SLICES",
+            f"{len(images)} image(s), at least {min_slices} needed",
+            "send the whole series",
+        )
+    for image in images:
+        _check_image(image, unit, allow_lossy)
+    orientation, spacing = _common_geometry(images)
+    positions = [numbers_of(image, "ImagePositionPatient", 3, "NO_GEOMETRY") for image in images]
+    stack = stack_from_positions(positions, orientation)
+    _check_stack(stack)
+    ordered = [images[index] for index in stack.order]
+    voxels, padding, digests = _decode(ordered)
+    volume = Volume(
+        voxels,
+        unit,
+        np.asarray([positions[index] for index in stack.order], dtype=np.float64),
+        np.asarray(orientation, dtype=np.float64),
+        (stack.median_step_mm, *spacing),
+        _frame_of_reference(ordered),
+        padding,
+        digests,
+    )
+    return volume, ordered
+
+
+def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
+    """What may be a slice; the rest is set aside, or the reason for refusal if nothing is left."""
+    if unit not in _SOP_CLASS:
+        raise SeriesRefused("UNIT_NOT_YET", f"no volumes in {unit} yet", "use HU, BQML or AU")
+    sop_class, wrong_class = _SOP_CLASS[unit]
+    images: dict[str, Dataset] = {}
+    reasons: list[str] = []
+    for dataset in datasets:
+        reason = _not_a_slice(dataset, sop_class, wrong_class)
+        if reason is None:
+            images.setdefault(str(dataset.SOPInstanceUID), dataset)
+        else:
+            reasons.append(reason)
+    if "ENHANCED_NOT_YET" in reasons:
+        raise SeriesRefused("ENHANCED_NOT_YET", "multi-frame image", "send single-frame images")
+    if not images:
+        code = max(sorted(set(reasons)), key=reasons.count, default="NOT_AN_IMAGE")
+        raise SeriesRefused(code, f"none of {len(datasets)} instances is a slice", "send slices")
+    return list(images.values())
+
+
+def _not_a_slice(dataset: Dataset, sop_class: UID, wrong_class: str) -> str | None:
+    if dataset.get("SOPClassUID") in _ENHANCED or (dataset.get("NumberOfFrames") or 1) > 1:
+        return "ENHANCED_NOT_YET"
+    if "Rows" not in dataset or "PixelData" not in dataset:
+        return "NOT_AN_IMAGE"
+    if dataset.get("SOPClassUID") != sop_class:
+        return wrong_class
+    return "LOCALIZER" if "LOCALIZER" in (dataset.get("ImageType") or ()) else None
+
+
+def _check_image(dataset: Dataset, unit: Unit, allow_lossy: bool) -> None:
+    """Refuse what is a slice, but not one that a model may see."""
+    if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in str(
+        dataset.get("PhotometricInterpretation")
+    ):
+        raise refused("COLOUR", dataset, "is not greyscale", "send the original")
+    if dataset.get("BurnedInAnnotation") == "YES":
+        raise refused("BURNED_IN", dataset, "has burned-in annotation", "send the original")
+    if dataset.get("MultienergyCTAcquisition") == "YES":
+        raise refused("MULTI_ENERGY", dataset, "is multi-energy CT", "send a single-energy image")
+    if unit == "BQML" and dataset.get("Units") != "BQML":
+        raise refused("NOT_BQML", dataset, "Units is not BQML", "send PET in Bq/ml")
+    if is_lossy(dataset) and not allow_lossy:
+        raise refused("LOSSY", dataset, "is lossy compressed", "allow_lossy: true on the route")
+
+
+def _common_geometry(
+    images: Sequence[Dataset],
+) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """Orientation and pixel spacing of the first slice, which all the others must share."""
+    first = images[0]
+    orientation = numbers_of(first, "ImageOrientationPatient", 6, "NO_GEOMETRY")
+    spacing = numbers_of(first, "PixelSpacing", 2, "NO_GEOMETRY")
+    axes = np.asarray(orientation).reshape(2, 3)
+    if min(spacing) <= 0 or not np.allclose(axes @ axes.T, np.eye(2), atol=1e-3):
+        raise refused("NO_GEOMETRY", first, "spacing or orientation is no grid", "send it again")
+    for image in images:
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+            if image.get(keyword) != first.get(keyword):
+                raise refused("MIXED_SERIES", image, f"{keyword} differs", "send one series")
+        directions = numbers_of(image, "ImageOrientationPatient", 6, "NO_GEOMETRY")
+        if not np.allclose(directions, orientation, rtol=0, atol=SAME_DIRECTION):
+            raise refused("MIXED_ORIENTATION", image, "another orientation", "split the series")
+        if (image.Rows, image.Columns) != (first.Rows, first.Columns) or not np.allclose(
+            numbers_of(image, "PixelSpacing", 2, "NO_GEOMETRY"), spacing, rtol=1e-4
+        ):
+            raise refused("MIXED_MATRIX", image, "another matrix or spacing", "split the series")
+    return orientation, (spacing[0], spacing[1])
+
+
+def _frame_of_reference(images: Sequence[Dataset]) -> str:
+    """The Frame of Reference UID that all slices share, empty if they have none in common.
+
+    Some de-identifiers replace it anew in every slice; two frames in one series are refused.
+    """
+    uids = {str(image.get("FrameOfReferenceUID") or "") for image in images}
+    if len(uids) == 1:
+        return uids.pop()
+    if len(uids) == len(images) and "" not in uids:
+        return ""
+    raise SeriesRefused(
+        "MIXED_FRAME", f"{len(uids)} FrameOfReferenceUIDs in one series", "split the series"
+    )
+
+
+def _check_stack(stack: Stack) -> None:
+    if stack.duplicates:
+        raise SeriesRefused(
+            "DUPLICATE_POSITIONS",
+            f"{stack.duplicates} slice(s) lie where another one lies",
+            "send each phase or reconstruction as its own series",
+        )
+    if stack.gaps:
+        raise SeriesRefused(
+            "MISSING_SLICES",
+            f"{stack.missing} slice(s) missing in {len(stack.gaps)} gap(s), "
+            f"first after slice {stack.gaps[0] + 1} of {len(stack.order)}",
+            "send the missing slices",
+        )
+
+
+def _decode(
+    ordered: Sequence[Dataset],
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None, tuple[str, ...]]:
+    """Voxels, padding and digests, one slice at a time (threads do not help: the GIL is held)."""
+    shape = (len(ordered), int(ordered[0].Rows), int(ordered[0].Columns))
+    voxels = np.empty(shape, dtype=np.float32)
+    padding: NDArray[np.bool_] | None = None
+    digests = []
+    for index, dataset in enumerate(ordered):
+        encoding, stored = encoding_of(dataset), stored_values(dataset)
+        voxels[index] = encoding.to_physical(stored)
+        digests.append(pixel_digest(stored))
+        mask = encoding.is_padding(stored)
+        if mask is not None:
+            padding = np.zeros(shape, dtype=np.bool_) if padding is None else padding
+            padding[index] = mask
+    return voxels, padding, tuple(digests)

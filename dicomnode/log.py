@@ -1,0 +1,16 @@
+"""Logging set up once: one line per event, UIDs and states only, never patient attributes."""
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def configure(level: str = "INFO") -> None:
+    """Log to standard error; the libraries that print data sets stay at WARNING."""
+    logging.basicConfig(level=level, format=FORMAT, stream=sys.stderr, force=True)
+    # pynetdicom logs identifiers (patient attributes) at INFO, pydicom values in warnings
+    for library in ("pynetdicom", "highdicom"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
+    logging.captureWarnings(False)

@@ -1,0 +1,32 @@
+"""Every Prometheus collector of the node, in one place: base units, bounded labels."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+instances_received = Counter(
+    "dicomnode_instances_received_total",
+    "C-STORE requests by calling peer and response status",
+    ["peer", "status"],
+)
+bytes_received = Counter("dicomnode_received_bytes_total", "Bytes of stored instances")
+associations_rejected = Counter(
+    "dicomnode_associations_rejected_total", "Associations rejected, by reason", ["reason"]
+)
+associations_open = Gauge("dicomnode_associations_open", "Associations open now")
+series_completed = Counter(
+    "dicomnode_series_completed_total", "Series found complete, by reason", ["reason"]
+)
+jobs_by_state = Gauge("dicomnode_jobs", "Jobs in the journal by state", ["state"])
+deliveries_by_state = Gauge("dicomnode_deliveries", "Deliveries in the journal by state", ["state"])
+translation_seconds = Histogram(
+    "dicomnode_translation_seconds",
+    "From claimed job to derived series on disk",
+    ["route"],
+    buckets=(0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800),
+)
+instances_delivered = Counter(
+    "dicomnode_instances_delivered_total",
+    "Derived instances answered by a destination, by outcome",
+    ["destination", "outcome"],
+)
+workers_lost = Counter("dicomnode_workers_lost_total", "Worker processes that died")
+free_bytes = Gauge("dicomnode_data_free_bytes", "Free space where data_dir lies")

@@ -1,0 +1,347 @@
+"""The running node: what runs where, recovery at the start, orderly stop.
+
+pynetdicom's threads   association -> scp -> spool, journal
+thread "completion"    open series -> verdict -> routes -> queued jobs
+thread "translation"   queued job -> worker process -> derived series on disk
+thread "delivery"      due deliveries -> courier process -> destinations
+thread "housekeeping"  retention, gauges
+thread "http"          health, metrics, status
+"""
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import IO
+
+from dicomnode import __version__, metrics
+from dicomnode.config import NodeConfig
+from dicomnode.errors import ConfigError, PackageError, WorkerLost
+from dicomnode.history import History
+from dicomnode.imaging.marks import is_synthetic
+from dicomnode.imaging.package import ModelPackage, read_package
+from dicomnode.jobs import Job, Jobs
+from dicomnode.journal import Journal, OpenSeries
+from dicomnode.lifecycle import Event
+from dicomnode.outbox import Outbox
+from dicomnode.retention import purge
+from dicomnode.routing import decide, keywords_of
+from dicomnode.scp import StorageScp, adopt_orphan
+from dicomnode.series import Carriers, common_header, judge, missing_slices, read_headers
+from dicomnode.spool import Spool
+from dicomnode.tables import Database
+from dicomnode.web.server import Pages, WebServer
+from dicomnode.worker import Order, Outcome, Worker
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5
+"""Workers that one job may cost before it is parked."""
+DRAIN_SECONDS = 20.0
+"""How long an orderly stop waits for open associations, a translation and deliveries, each."""
+_TICK_SECONDS = 0.2
+_HOUSEKEEPING_SECONDS = 60.0
+
+
+class Node:
+    """Everything `dicomnode serve` runs."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        """Read the model packages and open the data folder.
+
+        Raises:
+            ConfigError: a route's model cannot be used, or another node has the data folder.
+        """
+        self._config = config
+        self._packages = load_packages(config)
+        config.node.data_dir.mkdir(parents=True, exist_ok=True)
+        self._data_lock = _lock(config)
+        reserve = int(config.node.reserve_free_gb * 1e9)
+        self._spool = Spool(config.node.data_dir, reserve)
+        self._database = Database(config.node.data_dir / "journal.db")
+        self._journal, self._jobs = Journal(self._database), Jobs(self._database)
+        self._history = History(self._database)
+        self._carriers = Carriers()
+        self._scp = StorageScp(config, self._spool, self._journal, self._carriers)
+        self._outbox = Outbox(config, self._spool, self._jobs)
+        pages = Pages(self._history, self.reasons_not_ready, self._refresh, config.http.token)
+        self._web = WebServer(config.http.bind, config.http.port, pages)
+        self._worker: Worker | None = None
+        self._worker_state = "the models are not loaded yet"
+        self._missing: dict[str, tuple[float, int]] = {}
+        self._started = time.time()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Recover, then translate, deliver, listen.
+
+        Raises:
+            OSError: a port is in use or an address is not ours.
+        """
+        self._recover()
+        self._started = time.time()
+        self._web.start()
+        loops: dict[str, tuple[Callable[[], None], float]] = {
+            "completion": (self.complete_series, _TICK_SECONDS),
+            "translation": (self.translate_next, _TICK_SECONDS),
+            "delivery": (self.deliver_due, _TICK_SECONDS),
+            "housekeeping": (self.keep_house, _HOUSEKEEPING_SECONDS),
+        }
+        for name, (step, pause) in loops.items():
+            thread = threading.Thread(target=self._repeat, args=(step, pause), name=name)
+            thread.start()
+            self._threads.append(thread)
+        self._scp.start()
+        ports = {"dicom": self._scp.port, "http": self._web.port, "pid": os.getpid()}
+        (self._config.node.data_dir / "node.json").write_text(json.dumps(ports), "utf-8")
+        log.info("dicomnode %s listens: %s", __version__, ports)
+
+    def stop(self) -> None:
+        """Refuse new associations, let what runs end for a while, keep the rest for later."""
+        log.info("draining")
+        self._scp.drain(DRAIN_SECONDS)
+        self._stop.set()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._outbox.stop(max(1.0, deadline - time.monotonic()))
+        if self._worker is not None:
+            self._worker.stop(0.5)  # a translation that still runs is repeated after the start
+        for thread in self._threads:
+            thread.join()
+        self._web.stop()
+        self._database.close()
+        self._data_lock.close()
+        log.info("stopped")
+
+    def reasons_not_ready(self) -> list[str]:
+        """Why this node cannot do its whole job now; empty: it can."""
+        reasons = [] if self._scp.listening else ["the Storage SCP does not listen"]
+        if not self._spool.has_room():
+            reasons.append("free space is below node.reserve_free_gb")
+        if self._worker_state:
+            reasons.append(self._worker_state)
+        return reasons
+
+    # steps, each repeated on a thread of its own
+
+    def complete_series(self) -> None:
+        """Close every open series that is complete, and queue a job for each route it takes."""
+        for series in self._journal.open_series():
+            self._judge(series)
+
+    def _judge(self, series: OpenSeries) -> None:
+        now = time.time()
+        verdict = judge(
+            series,
+            lambda: self._missing_slices(series),
+            self._carriers.released_at(series.series_uid),
+            self._config.series,
+            now,
+            self._started,
+        )
+        if not verdict.complete:
+            return
+        notes = [f"complete: {verdict.reason}"]
+        routes: list[tuple[str, str]] = []
+        if verdict.missing:
+            outcome = f"refused: MISSING_SLICES: {verdict.reason}; send the whole series again"
+        else:
+            routes, outcome, why = self._route(series)
+            notes += why
+        notes.append(outcome)
+        if self._jobs.close_series(series, outcome, routes, notes, now):
+            self._carriers.forget(series.series_uid)
+            self._missing.pop(series.series_uid, None)
+            metrics.series_completed.labels(verdict.kind).inc()
+            log.info("series %s %s; %s", series.series_uid, notes[0], outcome)
+
+    def _missing_slices(self, series: OpenSeries) -> int:
+        """Counted once per state of the series: it is asked for every tick."""
+        seen = self._missing.get(series.series_uid)
+        if seen is None or seen[0] != series.last_received:
+            missing = missing_slices(self._journal.planes(series.series_uid))
+            seen = self._missing[series.series_uid] = (series.last_received, missing)
+        return seen[1]
+
+    def _route(self, series: OpenSeries) -> tuple[list[tuple[str, str]], str, list[str]]:
+        """The (route, priority) pairs a series takes, the outcome in words, every decision."""
+        uids = self._journal.instance_uids(series.series_uid)
+        paths = [self._spool.path(series.series_uid, uid) for uid in uids]
+        keywords = keywords_of(self._config.routes)
+        headers = read_headers(paths, keywords)
+        extra: dict[str, str | float] = {
+            "CallingAETitle": series.calling_ae,
+            "CalledAETitle": series.called_ae,
+            "Instances": float(len(paths)),
+        }
+        header = common_header(headers, keywords, extra)
+        decisions = decide(header, self._config.routes, any(map(is_synthetic, headers)))
+        taken: list[tuple[str, str]] = [
+            (d.route.name, d.route.priority) for d in decisions if d.taken
+        ]
+        outcome = (
+            f"routed: {', '.join(name for name, _ in taken)}"
+            if taken
+            else "ignored: no route matches"
+        )
+        return taken, outcome, [str(decision) for decision in decisions]
+
+    def translate_next(self) -> None:
+        """Bring one queued job to its next state; nothing to do without a ready worker."""
+        worker = self._ready_worker()
+        job = self._jobs.claim(time.time()) if worker else None
+        while worker is not None and job is not None:
+            try:
+                self._translate(worker, job)
+            except Exception as error:  # a job must not stay "translating" whatever breaks
+                log.exception("job %d broke", job.id)
+                detail = "unexpected; traceback in the log"
+                code = type(error).__name__
+                self._jobs.finish(job, Event.BROKE, time.time(), code=code, detail=detail)
+            if self._stop.is_set() or self._worker is not worker:
+                return
+            job = self._jobs.claim(time.time())
+
+    def _ready_worker(self) -> Worker | None:
+        if not self._packages:
+            self._worker_state = ""  # nothing is routed: a node may just store
+            return None
+        try:
+            if self._worker is None:
+                self._worker = Worker(self._packages, self._config.device, 0)
+            ready = self._worker.wait_ready(_TICK_SECONDS)
+        except WorkerLost as error:
+            self._lost(str(error))
+            return None
+        if ready is None:
+            return None
+        self._worker_state = "; ".join(ready.failures.values())
+        return self._worker
+
+    def _lost(self, detail: str) -> None:
+        log.error("the worker was lost: %s", detail)
+        metrics.workers_lost.inc()
+        self._worker, self._worker_state = None, f"the worker was lost: {detail}"
+        self._stop.wait(1.0)
+
+    def _translate(self, worker: Worker, job: Job) -> None:
+        route = next((r for r in self._config.routes if r.name == job.route), None)
+        if route is None:
+            text = "the route is no longer in config.yaml; discard the job or restore the route"
+            self._jobs.finish(job, Event.BROKE, time.time(), code="NO_ROUTE", detail=text)
+            return
+        uids = self._journal.instance_uids(job.series_uid)
+        files = tuple(self._spool.path(job.series_uid, uid) for uid in uids)
+        if not all(path.exists() for path in files):
+            text = "the received files were deleted (retention); send the series again"
+            self._jobs.finish(job, Event.BROKE, time.time(), code="SOURCE_GONE", detail=text)
+            return
+        now = datetime.fromtimestamp(job.created, UTC)
+        began = time.monotonic()
+        try:
+            outcome = worker.translate(Order.of(route, files, self._spool.results, now))
+        except WorkerLost as error:
+            self._lost(str(error))
+            event = Event.GAVE_UP if job.attempts >= MAX_ATTEMPTS else Event.WORKER_LOST
+            self._jobs.finish(job, event, time.time(), code="WORKER_LOST", detail=str(error))
+            return
+        metrics.translation_seconds.labels(route.name).observe(time.monotonic() - began)
+        self._journal_outcome(job, outcome)
+
+    def _journal_outcome(self, job: Job, outcome: Outcome) -> None:
+        now = time.time()
+        if outcome.refusal or outcome.broken:
+            event = Event.UNFIT if outcome.refusal else Event.BROKE
+            code = outcome.refusal or outcome.broken
+            self._jobs.finish(job, event, now, code=code, detail=outcome.detail)
+            return
+        route = next(r for r in self._config.routes if r.name == job.route)
+        destinations = () if route.shadow else route.send_to
+        event, code = Event.DERIVED, ""
+        if not outcome.plausible:
+            event, code = Event.IMPLAUSIBLE, "QA_FAILED"
+        elif not destinations:
+            event = Event.NOTHING_TO_SEND
+        self._jobs.derived(
+            job,
+            outcome.derived_uid,
+            outcome.instances,
+            destinations,
+            outcome.findings,
+            event,
+            now,
+            code=code,
+            detail=outcome.detail,
+        )
+
+    def deliver_due(self) -> None:
+        self._outbox.start_due(time.time())
+
+    def keep_house(self) -> None:
+        purge(self._database, self._spool, self._config.retention, time.time())
+
+    def _refresh(self) -> None:
+        """Gauges that are read from the journal when somebody asks."""
+        counts = self._history.counts()
+        for gauge, name in (
+            (metrics.jobs_by_state, "jobs"),
+            (metrics.deliveries_by_state, "deliveries"),
+        ):
+            gauge.clear()
+            for state, number in counts[name].items():
+                gauge.labels(state).set(number)
+        metrics.free_bytes.set(self._spool.free_bytes())
+
+    def _recover(self) -> None:
+        """Bring files and rows together again after a crash."""
+        self._spool.prepare()
+        now = time.time()
+        self._journal.recover(now)
+        self._jobs.recover(now)
+        known = self._journal.stored_uids()
+        for _, sop_instance_uid, path in self._spool.stored():
+            if sop_instance_uid not in known and adopt_orphan(path, self._journal, now):
+                log.info("adopted %s: stored before the stop, not journalled", sop_instance_uid)
+
+    def _repeat(self, step: Callable[[], None], pause: float) -> None:
+        while not self._stop.is_set():
+            try:
+                step()
+            except Exception:  # a thread that dies silently stops the node without a sign
+                log.exception("unexpected error in %s", step.__name__)
+                self._stop.wait(1.0)
+            self._stop.wait(pause)
+
+
+def load_packages(config: NodeConfig) -> dict[str, ModelPackage]:
+    """The verified package of every routed model.
+
+    Raises:
+        ConfigError: one is missing or damaged; the message names the route.
+    """
+    packages, problems = {}, []
+    for index, route in enumerate(config.routes):
+        try:
+            packages[route.model] = read_package(config.models_dir / route.model)
+        except PackageError as error:
+            problems.append(f"routes[{index}].model: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return packages
+
+
+def _lock(config: NodeConfig) -> IO[str]:
+    """One node per data folder: the lock goes with the process, whatever ends it."""
+    file = (config.node.data_dir / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError("node.data_dir: another dicomnode is using this folder") from error
+    return file

@@ -1,0 +1,61 @@
+"""Deleting what is old: never what is still to be translated or delivered.
+
+Only files go; the journal keeps every row, so that a series that is sent again after its files
+were purged is known, stored again and not translated twice.
+"""
+
+import logging
+import shutil
+
+from sqlalchemy import select
+
+from dicomnode import tables as t
+from dicomnode.config import RetentionSection
+from dicomnode.lifecycle import FINAL
+from dicomnode.spool import Spool
+from dicomnode.tables import Database
+
+log = logging.getLogger(__name__)
+
+
+def purge(database: Database, spool: Spool, rules: RetentionSection, now: float) -> int:
+    """Delete files past their time; returns how many series folders went."""
+    return _received(database, spool, rules, now) + _results(database, spool, rules, now)
+
+
+def _received(database: Database, spool: Spool, rules: RetentionSection, now: float) -> int:
+    s, i = t.series.c, t.instances.c
+    owing = select(t.jobs.c.series_uid).where(t.jobs.c.state.not_in(FINAL))
+    stored = select(i.series_uid).where(~i.purged)
+    old = select(s.series_uid).where(
+        ~s.open,
+        s.last_received < now - rules.received_hours * 3600,
+        s.series_uid.not_in(owing),
+        s.series_uid.in_(stored),
+    )
+    series = [uid for (uid,) in database.read(old)]
+    for uid in series:
+        with database.write() as db:  # the row first: a file without a row would be adopted
+            db.execute(t.instances.update().where(i.series_uid == uid).values(purged=True))
+            t_text = f"received files deleted after {rules.received_hours:g} hours"
+            t.note(db, uid, now, t_text)
+        shutil.rmtree(spool.received / uid, ignore_errors=True)
+    return len(series)
+
+
+def _results(database: Database, spool: Spool, rules: RetentionSection, now: float) -> int:
+    j = t.jobs.c
+    needed = select(j.derived_uid).where(j.state.not_in(FINAL), j.derived_uid.is_not(None))
+    old = select(j.derived_uid).where(
+        j.state.in_(FINAL),
+        j.updated < now - rules.results_hours * 3600,
+        j.derived_uid.is_not(None),
+        j.derived_uid.not_in(needed),
+    )
+    gone = 0
+    for (uid,) in database.read(old.distinct()):
+        folder = spool.results / uid
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            gone += 1
+    return gone

@@ -1,0 +1,212 @@
+"""When a series is complete and why, and what is true of all its instances.
+
+DIMSE has no end-of-series message. What speaks for completeness: nothing new came for a while, the
+sender released its association, and the positions leave no gap. The earliest safe moment wins.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset, dcmread
+from pydicom.datadict import tag_for_keyword
+from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
+
+from dicomnode.config import SeriesSection
+from dicomnode.imaging.volume import Stack, stack_from_positions
+from dicomnode.journal import OpenSeries
+
+ARRIVAL_KEYWORDS = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "Modality",
+    "ImageType",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+)
+"""What is read of an instance when it arrives; pixel data are never touched."""
+
+Plane = Mapping[str, Any]
+"""Position and orientation of one image, as the journal keeps them."""
+
+
+def plane_of(header: Dataset) -> Plane | None:
+    """Where an image lies in the patient, or None: no image plane, or a localizer."""
+    kinds = header.get("ImageType") or []
+    try:
+        position = [float(value) for value in header.get("ImagePositionPatient") or []]
+        orientation = [float(value) for value in header.get("ImageOrientationPatient") or []]
+    except (TypeError, ValueError):
+        return None
+    if len(position) != 3 or len(orientation) != 6 or "LOCALIZER" in kinds:
+        return None
+    return {"position": position, "orientation": orientation}
+
+
+def missing_slices(planes: Iterable[Plane | None]) -> int:
+    """How many slices are missing between those that are there, over all parallel stacks."""
+    stacks: dict[tuple[float, ...], set[tuple[float, ...]]] = defaultdict(set)
+    for plane in planes:
+        if plane is not None:
+            direction = tuple(round(cosine, 3) for cosine in plane["orientation"])
+            stacks[direction].add(tuple(plane["position"]))
+    return sum(
+        _stack(positions, orientation).missing
+        for orientation, positions in stacks.items()
+        if len(positions) > 2
+    )
+
+
+def _stack(positions: set[tuple[float, ...]], orientation: Sequence[float]) -> Stack:
+    return stack_from_positions(sorted(positions), orientation)
+
+
+class Carriers:
+    """Which associations carry which series right now; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._series: dict[int, set[str]] = defaultdict(set)
+        self._released: dict[str, float] = {}
+
+    def carries(self, association: int, series_uid: str) -> None:
+        with self._lock:
+            self._series[association].add(series_uid)
+            self._released.pop(series_uid, None)
+
+    def ended(self, association: int, released: bool, now: float) -> None:
+        """An abort says nothing about completeness; a release does."""
+        with self._lock:
+            for series_uid in self._series.pop(association, set()):
+                still_open = any(series_uid in carried for carried in self._series.values())
+                if released and not still_open:
+                    self._released[series_uid] = now
+
+    def released_at(self, series_uid: str) -> float | None:
+        """When the last association that carried the series was released; None if none was."""
+        with self._lock:
+            return self._released.get(series_uid)
+
+    def forget(self, series_uid: str) -> None:
+        with self._lock:
+            self._released.pop(series_uid, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a series is complete, in words."""
+
+    complete: bool
+    reason: str
+    kind: str = "waiting"
+    """waiting, quiet, released or incomplete."""
+    missing: int = 0
+    """Slices that never came."""
+
+
+def judge(
+    series: OpenSeries,
+    count_missing: Callable[[], int],
+    released_at: float | None,
+    rules: SeriesSection,
+    now: float,
+    started: float,
+) -> Verdict:
+    """Is `series` complete at `now`? `started` is when this node began to listen.
+
+    All times are seconds since the epoch. `count_missing` is `missing_slices` of what came. While
+    the node was down nobody could send, so quiet counts from its start at the earliest.
+    """
+    last = max(series.last_received, started)
+    quiet = now - last
+    hold = rules.hold_incomplete_seconds
+    if series.interrupted and quiet < hold:
+        return _waiting("the sender was cut off by a stop of this node", hold - quiet)
+    if released_at is None and quiet < min(rules.quiet_seconds, hold):
+        return _waiting("instances may still come", rules.quiet_seconds - quiet)
+    missing = count_missing()
+    if missing and quiet < hold:
+        return _waiting(f"{missing} slices are missing between those received", hold - quiet)
+    if missing:
+        reason = f"{missing} slices are missing after {hold:g} s of waiting"
+        return Verdict(True, reason, "incomplete", missing)
+    if quiet >= rules.quiet_seconds:
+        return Verdict(True, f"nothing new for {rules.quiet_seconds:g} s", "quiet")
+    if released_at is not None:
+        since = now - max(released_at, last)
+        wait = rules.quiet_seconds_if_released
+        if since >= wait:
+            return Verdict(True, f"association released {wait:g} s ago, no gap", "released")
+        return _waiting("the association was just released", wait - since)
+    return _waiting("instances may still come", rules.quiet_seconds - quiet)
+
+
+def _waiting(why: str, seconds: float) -> Verdict:
+    return Verdict(False, f"{why}; waiting {seconds:.0f} s more")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What holds for a whole series: attribute values by keyword, as text or numbers.
+
+    A keyword that is absent or empty in all instances maps to an empty tuple; one whose values
+    differ between instances is in `mixed` and never matches anything.
+    """
+
+    values: Mapping[str, tuple[str | float, ...]]
+    mixed: frozenset[str]
+    instances: int
+
+
+def read_headers(paths: Sequence[Path], keywords: Iterable[str]) -> list[Dataset]:
+    """The named attributes of each file, pixels left alone; a damaged file counts as empty."""
+    tags = [tag for tag in map(tag_for_keyword, keywords) if tag is not None]
+    return [_read_header(path, tags) for path in paths]
+
+
+def _read_header(path: Path, tags: list[int]) -> Dataset:
+    try:
+        return dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+    except (InvalidDicomError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError):
+        return Dataset()
+
+
+def common_header(
+    headers: Sequence[Dataset], keywords: Iterable[str], extra: Mapping[str, str | float]
+) -> Header:
+    """Fold the headers of all instances into what holds for each of them.
+
+    `extra`: facts that are no attributes, such as ``CallingAETitle``.
+    """
+    values: dict[str, tuple[str | float, ...]] = {key: (value,) for key, value in extra.items()}
+    mixed = set()
+    for keyword in keywords:
+        if keyword in values or tag_for_keyword(keyword) is None:
+            continue
+        found = {_plain(header, keyword) for header in headers}
+        if len(found) == 1:
+            values[keyword] = found.pop()
+        else:
+            mixed.add(keyword)
+    return Header(values, frozenset(mixed), len(headers))
+
+
+def _plain(header: Dataset, keyword: str) -> tuple[str | float, ...]:
+    """The values of an attribute as text or numbers; empty values count as absent (PS3.5 7.4)."""
+    try:
+        value = header.get(keyword)
+    except (ValueError, TypeError, KeyError):  # a value that cannot be decoded is no value
+        return ()
+    items = value if isinstance(value, (list, MultiValue)) else [value]
+    plain = [
+        float(item) if isinstance(item, (int, float)) else str(item).strip()
+        for item in items
+        if item is not None
+    ]
+    return tuple(item for item in plain if item != "")

@@ -1,0 +1,178 @@
+"""SOP instances as Part 10 files: written whole or not at all, durable before anyone hears of it.
+
+<root>/received/<SeriesInstanceUID>/<SOPInstanceUID>.dcm   as received
+<root>/results/<derived SeriesInstanceUID>/...             what is sent
+<root>/quarantine/<SOPInstanceUID>.<sha256>.dcm            another data set under a known UID
+<root>/incoming/                                           being received; emptied at start
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicomnode.errors import CannotUnderstand, OutOfResources
+
+_UID = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
+_PREAMBLE = 132
+
+
+def checked_uid(value: object, what: str) -> str:
+    """`value` as a UID that is safe as a file name (PS3.5 9.1).
+
+    Raises:
+        CannotUnderstand: it is not 1 to 64 characters of digits and dots in UID form.
+    """
+    text = str(value or "")
+    if len(text) > 64 or not _UID.fullmatch(text):
+        raise CannotUnderstand(f"{what} is not a valid UID")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """The folders under ``data_dir`` that hold SOP instances."""
+
+    root: Path
+    reserve_bytes: int = 0
+    """Free bytes that must remain; below it nothing more is stored."""
+
+    @property
+    def incoming(self) -> Path:
+        return self.root / "incoming"
+
+    @property
+    def received(self) -> Path:
+        return self.root / "received"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    def prepare(self) -> None:
+        """Make the folders; half-received files of an earlier run are removed."""
+        shutil.rmtree(self.incoming, ignore_errors=True)
+        for folder in (self.incoming, self.received, self.results, self.quarantine):
+            folder.mkdir(parents=True, exist_ok=True)
+        for part in self.root.glob("*/*/*.part"):
+            part.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    def has_room(self, size: int = 0) -> bool:
+        return self.free_bytes() - size >= self.reserve_bytes
+
+    def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
+        """Move a complete received file to its place, durably; None if another file is there.
+
+        Raises:
+            OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
+        """
+        final = self.path(series_uid, sop_instance_uid)
+        try:
+            if not self.has_room():
+                raise OutOfResources("free space is below node.reserve_free_gb")
+            self._make_folder(final.parent)
+            sync_file(part)
+            os.link(part, final)  # unlike rename, never replaces what is there
+            part.unlink()
+            sync_folder(final.parent)
+        except FileExistsError:
+            return None
+        except OSError as error:
+            raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
+        return final
+
+    def set_aside(self, part: Path, sop_instance_uid: str, digest: str) -> Path:
+        """Move a file that contradicts a stored one to quarantine, durably."""
+        final = self.quarantine / f"{sop_instance_uid}.{digest[:16]}.dcm"
+        try:
+            sync_file(part)
+            part.replace(final)
+            sync_folder(final.parent)
+        except OSError as error:
+            raise OutOfResources(f"could not quarantine: {_reason(error)}") from error
+        return final
+
+    def path(self, series_uid: str, sop_instance_uid: str) -> Path:
+        return self.received / series_uid / f"{sop_instance_uid}.dcm"
+
+    def result_path(self, derived_uid: str, sop_instance_uid: str) -> Path:
+        return self.results / derived_uid / f"{sop_instance_uid}.dcm"
+
+    def stored(self) -> Iterator[tuple[str, str, Path]]:
+        """Every received file: its series, its SOP Instance UID and its path."""
+        for path in self.received.glob("*/*.dcm"):
+            yield path.parent.name, path.stem, path
+
+    def _make_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def dataset_digest(path: Path) -> tuple[str, int]:
+    """SHA-256 of the data set of a Part 10 file (its meta information left out), and file size.
+
+    The meta information is the receiver's own; the data set is what the peer sent (PS3.10 7.1).
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        head = file.read(_PREAMBLE + 12)
+        if len(head) == _PREAMBLE + 12 and head[128:136] == b"DICM\x02\x00\x00\x00":
+            file.seek(_PREAMBLE + 12 + int.from_bytes(head[-4:], "little"))
+        else:
+            file.seek(0)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        size = file.tell()
+    return digest.hexdigest(), size
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write beside, fsync, rename: `path` is whole or absent; the caller syncs its folder once.
+
+    Raises:
+        OutOfResources: the disk refuses.
+    """
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutOfResources(f"could not write a result: {_reason(error)}") from error
+
+
+def sync_file(path: Path) -> None:
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    """The system's words without the path, which carries UIDs only but tells nobody anything."""
+    return os.strerror(error.errno) if error.errno else errno.errorcode.get(0, "unknown")

@@ -1,0 +1,1 @@
+"""The HTTP port: health, readiness, metrics and the status API; the dashboard comes later."""

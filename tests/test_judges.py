@@ -1,0 +1,116 @@
+"""The judges find what is planted, so that their silence means something."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import Dataset, dcmread
+
+from tests.factories import ct_series, write_series
+from tests.judges import DCENTVFY, DCIODVFY, DCMDUMP, judge, require
+from tests.test_derived import derive
+
+HANGUL = "\\ISO 2022 IR 149"
+
+
+def _moved(ds: Dataset) -> None:
+    x, y, z = ds.ImagePositionPatient
+    ds.ImagePositionPatient = [x, y, float(z) + 0.2]
+
+
+def _all_moved(ds: Dataset) -> None:
+    x, y, z = ds.ImagePositionPatient
+    ds.ImagePositionPatient = [x, float(y) + 5, z]
+
+
+def _brighter(ds: Dataset) -> None:
+    ds.RescaleIntercept = float(ds.RescaleIntercept) + 1
+
+
+def _steeper(ds: Dataset) -> None:
+    ds.RescaleSlope = 1.01
+
+
+def _latin(ds: Dataset) -> None:
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.PatientName = "Bühler^Änne"
+
+
+def _other_patient(ds: Dataset) -> None:
+    ds.PatientID = "SOMEONE"
+
+
+def _no_frame(ds: Dataset) -> None:
+    del ds.FrameOfReferenceUID
+
+
+def _bad_type(ds: Dataset) -> None:
+    ds.ImageType = ["SYNTHETIC", "SECONDARY"]
+
+
+def _private(ds: Dataset) -> None:
+    ds.private_block(0x0029, "X", create=True).add_new(1, "LO", "x")
+
+
+def _contrast(ds: Dataset) -> None:
+    ds.ContrastBolusAgent = "Iomeprol"
+
+
+def _unmarked(ds: Dataset) -> None:
+    del ds.SyntheticData
+
+
+def _same_uid(ds: Dataset) -> None:
+    ds.SOPInstanceUID = ds.SourceImageSequence[0].ReferencedSOPInstanceUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+
+
+FAULTS: list[tuple[Callable[[Dataset], None], bool, set[str]]] = [
+    # fault, in every slice or in the middle one only, judges that must see it
+    (_moved, False, {"contract"}),
+    (_all_moved, True, {"grid", "contract"}),
+    (_brighter, False, {"values"}),
+    (_steeper, True, {"values"}),
+    (_latin, True, {"dcentvfy", "names", "contract"}),
+    (_other_patient, True, {"dcentvfy"}),
+    (_no_frame, True, {"dciodvfy", "contract"}),
+    (_bad_type, True, {"dciodvfy", "contract"}),
+    (_private, False, {"contract"}),
+    (_contrast, False, {"contract"}),
+    (_unmarked, False, {"contract"}),
+    (_same_uid, False, {"contract"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "everywhere", "seen_by"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS]
+)
+def test_a_planted_fault_is_found(
+    fault: Callable[[Dataset], None], everywhere: bool, seen_by: set[str], tmp_path: Path
+) -> None:
+    require(DCIODVFY, DCENTVFY, DCMDUMP)
+    series = ct_series(3, character_set=HANGUL)
+    _, prediction, derived = derive(series, 0.25)
+    source = write_series(series, tmp_path / "source")
+    paths = write_series(derived, tmp_path / "derived")
+    assert judge(source, paths, prediction.voxels) == {}
+    for path in paths if everywhere else paths[1:2]:
+        ds = dcmread(path)
+        fault(ds)
+        ds.save_as(path)
+    assert seen_by <= judge(source, paths, prediction.voxels).keys()
+
+
+def test_a_value_off_by_more_than_half_a_quantum_is_found_by_place(tmp_path: Path) -> None:
+    require(DCIODVFY, DCENTVFY, DCMDUMP)
+    series = ct_series(3)
+    _, prediction, derived = derive(series)
+    expected = prediction.voxels.copy()
+    expected[2, 4, 5] += 0.6
+    source = write_series(series, tmp_path / "source")
+    paths = write_series(derived, tmp_path / "derived")
+    assert list(judge(source, paths, expected)) == ["values"]
+    native = np.ones(expected.shape, bool)
+    native[2, 4, 5] = False
+    assert judge(source, paths, expected, native) == {}

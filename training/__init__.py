@@ -1,0 +1,1 @@
+"""Training of model packages. Imports dicomnode.imaging and dicomnode.errors; never the node."""

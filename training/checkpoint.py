@@ -1,0 +1,51 @@
+"""Stop anywhere, go on exactly there: recipe and step, written whole or not at all.
+
+No random state is kept: the batch of a step is a function of the seed and the step alone.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from training.errors import TrainingError
+from training.recipes import Recipe
+
+
+def save_checkpoint(path: Path, recipe: Recipe, step: int, config_digest: str) -> None:
+    """Write beside, fsync, rename: a crash leaves the old checkpoint or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    state = {"step": step, "config": config_digest, "recipe": recipe.state_dict()}
+    with partial.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: Path, recipe: Recipe, config_digest: str) -> int:
+    """Restore `recipe`; returns the step to go on from (0: there is no checkpoint).
+
+    Raises:
+        TrainingError: the file is damaged, or belongs to a run with other settings.
+    """
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["config"] != config_digest:
+            raise TrainingError(
+                f"{path} belongs to a run with other settings; choose another name or delete it"
+            )
+        recipe.load_state_dict(state["recipe"])
+        return int(state["step"])
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error

@@ -1,0 +1,170 @@
+"""A training run as data: every key of training/configs/*.yaml, with its unit."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dicomnode.errors import ConfigError, PackageError
+from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.manifest import GeneratorSpec, read_as
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where slices of one public collection lie."""
+
+    path: str
+    """Below `data.root`; searched with its sub-folders."""
+    collection: str
+    """Name and licence of the collection, for the model card."""
+    use: Literal["split", "train"] = "split"
+    """train: these patients are never held out (whole series, many slices of one patient)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Which slices, and which patients are held out."""
+
+    root: str
+    """Relative to where the command runs."""
+    folders: tuple[Folder, ...]
+    split: str
+    """File with the patients (hashed) of each part; written if it does not exist yet."""
+    validation_fraction: float = 0.12
+    test_fraction: float = 0.3
+    exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """DICOM keyword -> values (``*``, ``?``) whose slices are out of scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowDose:
+    """How the lower-dose versions of a slice are made and drawn."""
+
+    realisations: int = 4
+    """Independent noise images per slice."""
+    lowest: float = 0.1
+    highest: float = 0.6
+    """Doses are drawn between these fractions of the slice's own, evenly on a log scale."""
+    full_dose_share: float = 0.1
+    """Share of the samples with no noise added, which must stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Small known details put into source and target alike, so that they are not taken for noise.
+
+    Round to elongated spots at random places. The images hold few lesions; without this a network
+    learns that what is small and faint is noise.
+    """
+
+    share: float = 0.0
+    """Share of the samples that get any."""
+    most: int = 6
+    """Up to so many in a patch."""
+    smallest: float = 1.0
+    largest: float = 6.0
+    """Half axes, pixels."""
+    faintest_hu: float = 15.0
+    strongest_hu: float = 100.0
+    """Contrast, to either side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optimisation:
+    """How the generator is fitted."""
+
+    steps: int
+    batch_size: int = 16
+    patch: int = 96
+    """Side of a training patch, pixels; a multiple of the generator's."""
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    charbonnier_hu: float = 10.0
+    """Below this error, in HU, the loss is quadratic, above it is linear."""
+    bias_weight: float = 0.5
+    """Weight of the mean error of 16 x 16 pixel squares."""
+    ema_decay: float = 0.999
+    """The package holds this running mean of the weights."""
+    gradient_clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the middle of the network only; losses, first and last layer stay fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One run, from data to package."""
+
+    name: str
+    version: str
+    recipe: Literal["supervised"]
+    seed: int
+    data: Data
+    generator: GeneratorSpec
+    optimisation: Optimisation
+    package: str
+    """Folder the package is written to."""
+    card: str
+    """Template of MODEL_CARD.md; {figures} in it are filled in."""
+    runs: str = "runs"
+    """Checkpoint, log and cached slices go to a folder `name` in here."""
+    low_dose: LowDose = LowDose()
+    details: Details = Details()
+    window: tuple[float, ...] = (-1024.0, 3071.0)
+    """HU mapped to [-1, 1]."""
+    save_every: int = 500
+    """Steps between checkpoints, each with a line of the log and a validation."""
+    stop_at: int | None = None
+    """Stop after this step, to go on later."""
+    threads: int = 2
+
+    @property
+    def out(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def digest(self) -> str:
+        """SHA-256 of everything that shapes the weights: what a checkpoint belongs to."""
+        shaping = asdict(self)
+        for key in ("package", "card", "runs", "stop_at", "threads", "save_every", "version"):
+            del shaping[key]
+        del shaping["data"]["root"]
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a run; `overrides` are ``key=value``, with dots for nested keys.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or wrong.
+    """
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+        for override in overrides:
+            key, _, value = override.partition("=")
+            _set(data, key.split("."), yaml.safe_load(value))
+        config: TrainConfig = read_as(TrainConfig, data, path.name)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except PackageError as error:
+        raise ConfigError(str(error)) from error
+    if len(config.window) != 2:
+        raise ConfigError(f"{path.name}.window: want two values, low and high")
+    return config
+
+
+def window_of(config: TrainConfig) -> Window:
+    """The intensity window of a run."""
+    low, high = config.window
+    return Window(low, high)
+
+
+def _set(data: Any, keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key} has no keys below it")
+        data = data.setdefault(key, {})
+    data[keys[-1]] = value

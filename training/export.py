@@ -1,0 +1,168 @@
+"""From a trained generator to a model package: manifest, card and self-test."""
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dicomnode.errors import ConfigError
+from dicomnode.imaging.manifest import (
+    Bounds,
+    DicomSpec,
+    InputSpec,
+    Manifest,
+    OutputSpec,
+    Padding,
+    Range,
+    Tiling,
+)
+from dicomnode.imaging.networks import Generator
+from dicomnode.imaging.package import ModelPackage, write_package
+from dicomnode.imaging.projection import quantum_noise
+from training.config import TrainConfig, window_of
+from training.data import Sample
+from training.evaluate import Figures
+from training.metrics import INSERTS, TISSUES
+from training.split import PARTS, Split
+
+
+def export_package(
+    config: TrainConfig,
+    generator: Generator,
+    samples: Sequence[Sample],
+    split: Split,
+    figures: Figures,
+) -> ModelPackage:
+    """Write the package of `config`; `figures` are those of the test patients.
+
+    Raises:
+        ConfigError: the template of the card cannot be read, or names an unknown figure.
+    """
+    training = describe_training(config, samples, split)
+    validation = describe_figures(figures)
+    try:
+        template = Path(config.card).read_text("utf-8")
+        card = template.format(name=config.name, version=config.version, **training, **validation)
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"card: {config.card}: {error!r}") from error
+    return write_package(
+        Path(config.package),
+        describe(config, generator, training, validation),
+        generator.state_dict(),
+        golden_input(config.seed),
+        card,
+    )
+
+
+def describe(
+    config: TrainConfig,
+    generator: Generator,
+    training: Mapping[str, Any],
+    validation: Mapping[str, Any],
+) -> Manifest:
+    """What the node needs to know to serve a low-dose CT denoiser."""
+    window = window_of(config)
+    return Manifest(
+        format=1,
+        name=config.name,
+        version=config.version,
+        task="denoise",
+        generator=config.generator,
+        input=InputSpec(
+            modality="CT",
+            unit="HU",
+            intensity=window,
+            spacing_mm=Range(0.5, 1.0),
+            matrix=Range(512, 512),
+            field_of_view_mm=Range(270, 500),
+            padding=Padding("reflect", generator.multiple),
+        ),
+        output=OutputSpec(modality="CT", unit="HU", intensity=window, residual=True),
+        normalisation="none",
+        tiling=Tiling(allowed=True, overlap=_round_up(generator.receptive_field, 8)),
+        bounds=Bounds(
+            modality=("CT",),
+            pixel_spacing_mm=Range(0.4, 1.2),
+            slice_thickness_mm=Range(0.6, 10.0),
+            rows=Range(64, 1024),
+            columns=Range(64, 1024),
+            slices=Range(min=2),
+            hu_range=Range(-8192, 32767),
+            exclude=config.data.exclude,
+        ),
+        dicom=DicomSpec(config.name, "Residual convolutional network", config.version),
+        licence="CC BY 4.0; trained on CC BY 3.0 and CC BY 4.0 data, see MODEL_CARD.md",
+        intended_use="Research on noise in adult body CT. Not a medical device; not for diagnosis.",
+        training=training,
+        validation=validation,
+        qa={"max_mean_change_hu": 5.0, "max_clipped_fraction": 0.001},
+    )
+
+
+def describe_training(
+    config: TrainConfig, samples: Sequence[Sample], split: Split
+) -> dict[str, Any]:
+    """Where the weights come from: plain values."""
+    collections = Counter(
+        (sample.folder.collection, part)
+        for sample in samples
+        for part in PARTS
+        if sample.patient in split[part]
+    )
+    return {
+        "config_sha256": config.digest(),
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "steps": config.optimisation.steps,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "slices": {part: _count(samples, split, part)[0] for part in PARTS},
+        "patients": {part: _count(samples, split, part)[1] for part in PARTS},
+        "slices_by_collection": {
+            f"{collection}, {part}": count for (collection, part), count in collections.items()
+        },
+    }
+
+
+def describe_figures(figures: Figures) -> dict[str, Any]:
+    """Mean and 95 % interval over patients, each [mean, low, high]: plain values."""
+    named = {
+        "psnr_of_input_db": figures.psnr_low,
+        "psnr_db": figures.psnr,
+        "gain_db": figures.gain_db,
+        "edge_retention": figures.edges,
+    }
+    named |= {f"bias_{tissue.replace(' ', '_')}_hu": figures.bias_hu(tissue) for tissue in TISSUES}
+    named |= {f"insert_{index + 1}": figures.insert(index) for index in range(len(INSERTS))}
+    return {
+        "dose": 0.25,
+        "patients_tested": len(figures.patients),
+        "slices_tested": len(figures.slices),
+        **{key: [round(number, 3) for number in value] for key, value in named.items()},
+    }
+
+
+def golden_input(seed: int) -> NDArray[np.float32]:
+    """A generated slice for the self-test, (1, 96, 96), float32, HU: a noisy body with a lung."""
+    row, column = np.indices((96, 96), dtype=np.float32) - 47.5
+    hu = np.full((96, 96), -1000.0, np.float32)
+    hu[np.hypot(row / 38, column / 44) < 1] = 40.0
+    hu[np.hypot(row, column - 18) < 14] = -850.0
+    hu[np.hypot(row + 4, column + 22) < 6] = 500.0
+    rng = np.random.default_rng(seed)
+    return hu[None] + quantum_noise(hu[None], 3.0, math.inf, 2e5, rng)
+
+
+def _count(samples: Sequence[Sample], split: Split, part: str) -> tuple[int, int]:
+    patients = [sample.patient for sample in samples if sample.patient in split[part]]
+    return len(patients), len(set(patients))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,25 @@
+"""A recipe is one way to train: which networks, which losses, in which order.
+
+train.py knows only this interface; a recipe knows nothing of files or configuration files.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dicomnode.imaging.networks import Generator
+
+
+class Recipe(Protocol):
+    """What `train.fit` needs."""
+
+    def step(self, source: Tensor, target: Tensor, step: int) -> dict[str, float]:
+        """Optimiser step number `step` on (batch, 1, rows, columns), [-1, 1]; losses by name."""
+
+    def result(self) -> Generator:
+        """The network that goes into the package, in eval mode."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly here; tensors and plain values only."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
