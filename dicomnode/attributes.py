@@ -120,7 +120,7 @@ def _same(value: Any) -> Any:
 def _copy_window(derived: Dataset, source: Dataset) -> None:
     """The first window only: some viewers ignore all if there are several (PS3.3 C.11.2.1.2)."""
     keywords = ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation")
-    if source.get("WindowCenter") is None or source.get("WindowWidth") is None:
+    if any(keyword not in source or source[keyword].VM == 0 for keyword in keywords[:2]):
         return
     copy_attributes(derived, source, keywords)
     for keyword in keywords:

@@ -133,10 +133,9 @@ def _blocks(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
 # --- the picture ------------------------------------------------------------------------------
 def write_picture(comparison: Comparison, path: Path) -> None:
     """Source, result and difference of one slice and of a part of it, all in the same window."""
-    body = comparison.source.voxels > -300
-    index = int(np.argmax(body.mean(axis=(1, 2)) > 0.9 * body.mean(axis=(1, 2)).max()))
+    index = len(comparison.source.voxels) // 3
     source, result = comparison.source.voxels[index], comparison.result.voxels[index]
-    rows, columns = _square_about(body[index])
+    rows, columns = _square_about(source > -300)
     middle, part = (rows.start + rows.stop) // 2, (rows.stop - rows.start) // 6
     centre = (columns.start + columns.stop) // 2
     zoom = (slice(middle - part, middle + part), slice(centre - part, centre + part))

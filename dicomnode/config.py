@@ -22,13 +22,19 @@ from dicomnode.schema import Builder, Check, setting
 
 
 def _ae_title(value: str) -> str | None:
-    if value.strip() and len(value) <= 16 and value.isascii() and "\\" not in value:
-        return None if value.isprintable() else "control characters are not allowed"
+    if value and len(value) <= 16 and value.isascii() and "\\" not in value:
+        outer = "spaces at the ends are not significant; leave them out"
+        inner = None if value.isprintable() else "control characters are not allowed"
+        return outer if value != value.strip(" ") else inner
     return "must be 1 to 16 ASCII characters without a backslash (PS3.5 6.2, VR AE)"
 
 
 def _between(low: float, high: float) -> Check:
     return lambda value: None if low <= value <= high else f"must be between {low:g} and {high:g}"
+
+
+def _not_empty(value: str) -> str | None:
+    return None if value.strip() else "must not be empty"
 
 
 def _device(value: str) -> str | None:
@@ -63,7 +69,7 @@ class HttpSection:
     bind: str = setting("127.0.0.1", "address of the HTTP port")
     port: int = setting(8080, "HTTP port; 0 takes a free one", check=_PORT)
     token: str | None = setting(
-        None, "bearer token; required when bind is not loopback", secret=True
+        None, "bearer token; required when bind is not loopback", check=_not_empty, secret=True
     )
 
 
@@ -113,6 +119,14 @@ class RetentionSection:
     )
 
 
+PATTERNS: dict[str, Any] = {
+    "anyOf": [
+        {"type": ["string", "number"]},
+        {"type": "array", "minItems": 1, "items": {"type": ["string", "number"]}},
+    ]
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """What one attribute of a series must be; every part that is given must hold."""
@@ -128,15 +142,15 @@ class Condition:
     SHAPE: ClassVar[dict[str, Any]] = {
         "description": "a scalar, a list (any of), or present, not, min, max, regex, any",
         "anyOf": [
-            {"type": ["string", "number", "boolean"]},
-            {"type": "array", "items": {"type": ["string", "number"]}},
+            *PATTERNS["anyOf"],
             {
                 "type": "object",
                 "additionalProperties": False,
+                "minProperties": 1,
                 "properties": {
                     "present": {"type": "boolean"},
-                    "any": {"type": ["array", "string", "number"]},
-                    "not": {"type": ["array", "string", "number"]},
+                    "any": PATTERNS,
+                    "not": PATTERNS,
                     "min": {"type": "number"},
                     "max": {"type": "number"},
                     "regex": {"type": "string"},
@@ -171,8 +185,8 @@ class Condition:
 
 def _patterns(builder: Builder, value: Any, where: str) -> tuple[str, ...]:
     items = value if isinstance(value, list) else [value]
-    if not items or not all(isinstance(item, (str, int, float)) for item in items):
-        builder.fail(where, "expected a text, a number or a list of them")
+    if not items or not all(type(item) in (str, int, float) for item in items):
+        builder.fail(where, "expected a text, a number or a list of them (dates in quotes)")
         return ()
     return tuple(str(item) for item in items)
 
@@ -263,14 +277,27 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``+1000`` stays text: the sign says that it is an offset."""
+    """YAML 1.1 with three traps closed.
+
+    ``+1000`` stays text: the sign says that it is an offset. YES, NO and off stay text, as DICOM
+    and `qa` mean them; only true and false are booleans. A key given twice is an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            problem = f"key {', '.join(twice)} given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
+_BOOL = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
-    first: resolvers
+    first: [pair for pair in resolvers if pair[0] != _BOOL]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     if first != "+"
 }
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?i:true|false)$"), list("tTfF"))
 
 
 def _references(config: NodeConfig) -> list[str]:
@@ -309,8 +336,8 @@ def _route_problems(route: Route, where: str, config: NodeConfig) -> list[str]:
             problems.append(f"{where}.send_to: peer {name!r} needs a host and a port to send to")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", route.model):
         problems.append(f"{where}.model: not the name of a folder in models_dir")
-    if not re.fullmatch(r"\+?\d{1,9}", str(route.series_number)):
-        problems.append(f"{where}.series_number: must be a number, or +N for an offset")
+    if not re.fullmatch(r"\+[0-9]{1,9}|[1-9][0-9]{0,8}", str(route.series_number)):
+        problems.append(f"{where}.series_number: must be a number from 1 on, or +N for an offset")
     if why := _description_problem(route.description):
         problems.append(f"{where}.description: {why}")
     return problems
@@ -321,14 +348,20 @@ EXTRA_KEYWORDS = ("CallingAETitle", "CalledAETitle", "Instances")
 
 
 def _description_problem(template: str) -> str | None:
-    fields = set(re.findall(r"\{(\w*)\}", template))
-    if fields - {"source", "model"} or re.sub(r"\{\w*\}", "", template).strip("{}") == "":
+    fields = set(re.findall(r"\{(.*?)\}", template))
+    marker = re.sub(r"\{.*?\}", "", template)
+    if fields - {"source", "model"} or "{" in marker or "}" in marker or not marker.strip():
         return "may use {source} and {model}, and must say that the series is synthetic"
-    return None if template.isascii() else "must be ASCII, which every character set has"
+    if not (marker.isascii() and marker.isprintable()) or "\\" in marker:
+        return "must be ASCII, which every character set has, without a backslash"
+    return None if len(marker) <= 40 else "at most 40 characters beside {source} and {model}"
 
 
 def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address == "::1" or address.startswith("127.")
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _not_yet(config: NodeConfig) -> list[str]:

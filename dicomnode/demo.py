@@ -49,11 +49,14 @@ def run_demo(config_path: Path, out: Path, dicom: Path | None, model: str | None
     Returns:
         0 if the derived series came back and is right, else 1; the last line says why.
     """
+    log = out / "node.log"
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
+        log.unlink(missing_ok=True)
         _demo(config_path, out, dicom, model)
     except (DicomNodeError, OSError, subprocess.SubprocessError) as error:
-        print(f"demo failed: {error}\nlog of the node: {out / 'node.log'}", file=sys.stderr)
+        where = f"\nlog of the node: {log}" if log.exists() else ""
+        print(f"demo failed: {error}{where}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -201,7 +204,7 @@ def _node(config: Path, log: Path, http_port: int) -> Iterator[None]:
             command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_ready(process, http_port)
+        _wait_until_ready(process, http_port, log)
         yield
         process.terminate()
         if code := process.wait(STOP_SECONDS):
@@ -214,13 +217,14 @@ def _node(config: Path, log: Path, http_port: int) -> Iterator[None]:
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], http_port: int) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], http_port: int, log: Path) -> None:
     _say("starting the node ...")
     answer = "no answer"
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise WorkerLost(f"the node did not start (exit code {process.returncode})")
+            words = log.read_text("utf-8", "replace").splitlines()[-1:] or ["it said nothing"]
+            raise WorkerLost(f"the node did not start: {words[0]}")
         connection = http.client.HTTPConnection("127.0.0.1", http_port, timeout=5)
         try:
             connection.request("GET", "/readyz")

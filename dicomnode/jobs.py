@@ -45,6 +45,16 @@ class DueDelivery:
     """SOP Instance UIDs the destination has not accepted yet."""
 
 
+_OVERTAKABLE = (
+    State.QUEUED,
+    State.HELD,
+    State.REFUSED,
+    State.FAILED,
+    State.SENDING,
+    State.DONE,
+)
+
+
 class Jobs:
     """The working half of the journal; safe to share between threads."""
 
@@ -103,14 +113,15 @@ class Jobs:
         earlier = select(j.id, j.state).where(
             j.series_uid == seen.series_uid, j.generation < seen.generation
         )
-        waiting = (State.QUEUED, State.HELD, State.REFUSED, State.FAILED, State.SENDING)
-        for job, state in db.execute(earlier.where(j.state.in_(waiting))).all():
+        for job, state in db.execute(earlier.where(j.state.in_(_OVERTAKABLE))).all():
             mine = t.deliveries.c.job == job
-            if state == State.SENDING:
-                sent = select(func.count()).select_from(t.acceptances.join(t.deliveries))
-                if db.execute(sent.where(mine)).scalar_one():
+            if state in (State.SENDING, State.DONE):
+                accepted = select(func.count()).select_from(t.acceptances.join(t.deliveries))
+                there = db.execute(accepted.where(mine)).scalar_one()
+                if there:
                     text = "an earlier generation is already at a destination: both will be there"
                     note(db, seen.series_uid, now, text, job)
+                if there or state == State.DONE:
                     continue
                 db.execute(t.deliveries.update().where(mine).values(state=Delivery.DISCARDED))
             self._advance(db, job, Event.OVERTAKEN, now, f"by generation {seen.generation}")

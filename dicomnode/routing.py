@@ -73,8 +73,11 @@ def _why_not(keyword: str, values: tuple[str | float, ...], condition: Condition
     if wants and not values:
         return f"{keyword} is absent"
     for words, test in wants:
-        if not test(values):
-            return f"{keyword} is {_shown(keyword, values)}, not {words}"
+        if test(values):
+            continue
+        if _is_private(keyword):  # what it is not could tell what it is, too
+            return f"{keyword} is something else than asked for (values not shown)"
+        return f"{keyword} is {_shown(values)}, not {words}"
     return None
 
 
@@ -137,12 +140,14 @@ def _number(value: str | float) -> float | None:
 
 
 def _text(value: str | float) -> str:
-    return f"{value:g}" if isinstance(value, float) else value
+    return f"{value:.15g}" if isinstance(value, float) else value
 
 
-def _shown(keyword: str, values: tuple[str | float, ...]) -> str:
-    """The values in words, unless they could tell about the patient."""
+def _is_private(keyword: str) -> bool:
+    """Could its value tell about the patient? Then it appears in no message."""
     tag = tag_for_keyword(keyword)
-    if tag is not None and (tag >> 16 == 0x0010 or dictionary_VR(tag) not in _SHOWN_VR):
-        return "something else (value not shown)"
+    return tag is not None and (tag >> 16 == 0x0010 or dictionary_VR(tag) not in _SHOWN_VR)
+
+
+def _shown(values: tuple[str | float, ...]) -> str:
     return "\\".join(_text(value) for value in values)

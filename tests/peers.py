@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.intensity import Unscaled
 from dicomnode.imaging.manifest import (
     Bounds,
     DicomSpec,
@@ -79,8 +79,8 @@ def identity_package(
         version="1.0.0",
         task="identity",
         generator=GeneratorSpec(architecture, options),
-        input=InputSpec("CT", "HU", Window(-1024, 3071)),
-        output=OutputSpec("CT", "HU", Window(-1024, 3071)),
+        input=InputSpec("CT", "HU", Unscaled()),
+        output=OutputSpec("CT", "HU", Unscaled()),
         normalisation="none",
         tiling=Tiling(True, 0),
         bounds=Bounds(("CT",), slices=Range(min=2)),
@@ -109,7 +109,7 @@ class Archive:
         return len(list(self.folder.glob("*")))
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=20) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=20) as answer:
             return json.load(answer)
 
     def derived_series(self) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ class Archive:
         for key in series["Instances"]:
             url = f"http://127.0.0.1:{self.http}/instances/{key}/file"
             path = folder / f"{key}.dcm"
-            with urllib.request.urlopen(url, timeout=20) as answer:  # noqa: S310
+            with urllib.request.urlopen(url, timeout=20) as answer:
                 path.write_bytes(answer.read())
             paths.append(path)
         return paths
@@ -262,7 +262,7 @@ class Node:
     def get(self, path: str) -> tuple[int, Any]:
         """Status and body of a GET on the node's HTTP port; (0, None): no answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=10) as page:  # noqa: S310
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=10) as page:
                 body = page.read()
                 is_json = page.headers["Content-Type"] == "application/json"
                 return page.status, json.loads(body) if is_json else body.decode()

@@ -292,6 +292,7 @@ def test_a_series_of_this_kind_is_refused(code: str, attributes: dict[str, Any])
         ("MIXED_MATRIX", {"Rows": 16, "Columns": 80}),
         ("MIXED_FRAME", {"FrameOfReferenceUID": "1.2.3"}),
         ("MIXED_SERIES", {"StudyInstanceUID": "1.2.3"}),
+        ("MIXED_SERIES", {"SeriesInstanceUID": None}),
         ("ENHANCED_NOT_YET", {"SOPClassUID": EnhancedCTImageStorage}),
     ],
 )

@@ -133,7 +133,7 @@ def encoding_of(dataset: Dataset) -> Encoding:
     Raises:
         SeriesRefused: NOT_16_BIT, NOT_HU (no usable rescale, or to something else than HU).
     """
-    bits_stored, high_bit = int(dataset.get("BitsStored", 0)), dataset.get("HighBit")
+    bits_stored, high_bit = int(dataset.get("BitsStored") or 0), dataset.get("HighBit")
     if (
         dataset.get("BitsAllocated") != 16
         or not 1 <= bits_stored <= 16
@@ -175,7 +175,7 @@ def _padding(dataset: Dataset, encoding: Encoding) -> tuple[int, int] | None:
 
 
 def stored_values(dataset: Dataset) -> NDArray[Any]:
-    """Decoded stored pixel values, (rows, columns), int16 or uint16, unused bits cleared.
+    """Decoded stored pixel values, (rows, columns), int16 or uint16; pydicom clears unused bits.
 
     Every lossless transfer syntax of the same image gives the same values.
 
@@ -191,8 +191,7 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
         ) from error
     if stored.ndim != 2 or stored.dtype.itemsize != 2:
         raise refused("UNDECODABLE", dataset, f"decodes to {stored.shape}", "send it again")
-    unused = 16 - int(dataset.BitsStored)
-    return (stored << unused) >> unused if unused else stored
+    return stored
 
 
 def pixel_digest(stored: NDArray[Any]) -> str:

@@ -187,7 +187,11 @@ def volume_from_datasets(
         The volume, and the datasets it was made of in slice order.
 
     Raises:
-        SeriesRefused: with one of the codes of docs/OPERATING.md, for example MISSING_SLICES.
+        SeriesRefused: nothing is a slice (NOT_AN_IMAGE, LOCALIZER, NOT_CT, NOT_PET, NOT_MR); too
+            few are (SINGLE_SLICE, TOO_FEW_SLICES); one is not usable (COLOUR, NOT_16_BIT, NOT_HU,
+            NOT_BQML, BURNED_IN, MULTI_ENERGY, LOSSY, UNDECODABLE, NO_GEOMETRY); they are no stack
+            (MIXED_SERIES, MIXED_FRAME, MIXED_ORIENTATION, MIXED_MATRIX, DUPLICATE_POSITIONS,
+            MISSING_SLICES); or it cannot be done yet (ENHANCED_NOT_YET, UNIT_NOT_YET).
     """
     images = _images(datasets, unit)
     if len(images) < max(min_slices, 1):
@@ -227,7 +231,7 @@ def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
     for dataset in datasets:
         reason = _not_a_slice(dataset, sop_class, wrong_class)
         if reason is None:
-            images.setdefault(str(dataset.SOPInstanceUID), dataset)
+            images.setdefault(str(dataset.get("SOPInstanceUID")), dataset)
         else:
             reasons.append(reason)
     if "ENHANCED_NOT_YET" in reasons:
@@ -239,7 +243,8 @@ def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
 
 
 def _not_a_slice(dataset: Dataset, sop_class: UID, wrong_class: str) -> str | None:
-    if dataset.get("SOPClassUID") in _ENHANCED or (dataset.get("NumberOfFrames") or 1) > 1:
+    frames = dataset.get("NumberOfFrames")
+    if dataset.get("SOPClassUID") in _ENHANCED or (isinstance(frames, int) and frames > 1):
         return "ENHANCED_NOT_YET"
     if "Rows" not in dataset or "PixelData" not in dataset:
         return "NOT_AN_IMAGE"
@@ -276,7 +281,7 @@ def _common_geometry(
         raise refused("NO_GEOMETRY", first, "spacing or orientation is no grid", "send it again")
     for image in images:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
-            if image.get(keyword) != first.get(keyword):
+            if not image.get(keyword) or image[keyword].value != first.get(keyword):
                 raise refused("MIXED_SERIES", image, f"{keyword} differs", "send one series")
         directions = numbers_of(image, "ImageOrientationPatient", 6, "NO_GEOMETRY")
         if not np.allclose(directions, orientation, rtol=0, atol=SAME_DIRECTION):
