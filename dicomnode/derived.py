@@ -17,6 +17,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from dicomnode.attributes import copy_attributes, copy_image_attributes, copy_patient_and_study
 from dicomnode.errors import ConfigError, SeriesRefused
+from dicomnode.imaging.marks import MANUFACTURER
 from dicomnode.imaging.pixels import (
     SIGNED_16,
     Encoding,
@@ -31,14 +32,12 @@ from dicomnode.imaging.pixels import (
 from dicomnode.imaging.volume import Volume
 from dicomnode.provenance import (
     IMPLEMENTATION_CLASS_UID,
-    MANUFACTURER,
     TASKS,
     Identity,
     add_provenance,
     add_references,
     coding_scheme,
     contributing_equipment,
-    is_synthetic,
     plain_text,
     reproducible_uid,
     software_versions,
@@ -50,7 +49,6 @@ __all__ = [
     "derive_series",
     "derived_instance_uid",
     "derived_series_uid",
-    "is_synthetic",
     "source_digests",
 ]
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -13,4 +14,6 @@ def configure(level: str = "INFO") -> None:
     for library in ("pynetdicom", "highdicom"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("pydicom").setLevel(logging.ERROR)
-    logging.captureWarnings(False)
+    # their Python warnings go to standard error past the loggers: "Invalid value for VR DA: '...'"
+    for library in ("pydicom", "pynetdicom", "highdicom"):
+        warnings.filterwarnings("ignore", module=library)

@@ -15,8 +15,8 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from dicomnode.attributes import copy_attributes, copy_item
+from dicomnode.imaging.marks import MANUFACTURER
 
-MANUFACTURER = "dicomnode"
 NAMESPACE = uuid.UUID("099c1bbe-392e-4940-ad37-fcdfe9374a78")
 """Of every UID of this project, by UUIDv5."""
 
@@ -80,21 +80,6 @@ class Identity:
     algorithm_version: str
     node_version: str
     precision: str
-
-
-def is_synthetic(dataset: Dataset) -> bool:
-    """Whether an instance says that it was synthesised, by anyone, or that this node made it.
-
-    The loop guard: such instances are stored but not translated again.
-    """
-    return (
-        dataset.get("SyntheticData") == "YES"
-        or dataset.get("Manufacturer") == MANUFACTURER
-        or any(
-            item.get("Manufacturer") == MANUFACTURER
-            for item in dataset.get("ContributingEquipmentSequence") or ()
-        )
-    )
 
 
 def coding_scheme() -> CodingSchemeIdentificationItem:

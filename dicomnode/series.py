@@ -4,6 +4,8 @@ DIMSE has no end-of-series message. What speaks for completeness: nothing new ca
 sender released its association, and the positions leave no gap. The earliest safe moment wins.
 """
 
+import math
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset, dcmread
-from pydicom.datadict import tag_for_keyword
-from pydicom.errors import InvalidDicomError
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.tag import BaseTag
 
 from dicomnode.config import SeriesSection
-from dicomnode.imaging.volume import Stack, stack_from_positions
+from dicomnode.imaging.volume import SAME_DIRECTION, stack_from_positions
 from dicomnode.journal import OpenSeries
 
 ARRIVAL_KEYWORDS = (
@@ -46,25 +50,33 @@ def plane_of(header: Dataset) -> Plane | None:
         return None
     if len(position) != 3 or len(orientation) != 6 or "LOCALIZER" in kinds:
         return None
+    if not all(map(math.isfinite, position + orientation)):
+        return None
     return {"position": position, "orientation": orientation}
 
 
 def missing_slices(planes: Iterable[Plane | None]) -> int:
     """How many slices are missing between those that are there, over all parallel stacks."""
-    stacks: dict[tuple[float, ...], set[tuple[float, ...]]] = defaultdict(set)
+    stacks: list[tuple[list[float], set[tuple[float, ...]]]] = []
     for plane in planes:
         if plane is not None:
-            direction = tuple(round(cosine, 3) for cosine in plane["orientation"])
-            stacks[direction].add(tuple(plane["position"]))
+            _stack_of(plane["orientation"], stacks).add(tuple(plane["position"]))
     return sum(
-        _stack(positions, orientation).missing
-        for orientation, positions in stacks.items()
+        stack_from_positions(sorted(positions), orientation).missing
+        for orientation, positions in stacks
         if len(positions) > 2
     )
 
 
-def _stack(positions: set[tuple[float, ...]], orientation: Sequence[float]) -> Stack:
-    return stack_from_positions(sorted(positions), orientation)
+def _stack_of(
+    orientation: list[float], stacks: list[tuple[list[float], set[tuple[float, ...]]]]
+) -> set[tuple[float, ...]]:
+    """The positions of the stack with this orientation, to within rounding; a new one if none."""
+    for other, positions in stacks:
+        if all(abs(a - b) <= SAME_DIRECTION for a, b in zip(orientation, other, strict=True)):
+            return positions
+    stacks.append((orientation, set()))
+    return stacks[-1][1]
 
 
 class Carriers:
@@ -125,10 +137,10 @@ def judge(
     """
     last = max(series.last_received, started)
     quiet = now - last
-    hold = rules.hold_incomplete_seconds
+    hold = max(rules.hold_incomplete_seconds, rules.quiet_seconds)
     if series.interrupted and quiet < hold:
         return _waiting("the sender was cut off by a stop of this node", hold - quiet)
-    if released_at is None and quiet < min(rules.quiet_seconds, hold):
+    if released_at is None and quiet < rules.quiet_seconds:
         return _waiting("instances may still come", rules.quiet_seconds - quiet)
     missing = count_missing()
     if missing and quiet < hold:
@@ -164,17 +176,51 @@ class Header:
     instances: int
 
 
+_UNREADABLE = (
+    InvalidDicomError,
+    BytesLengthException,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+    OSError,
+)
+"""What pydicom raises for a damaged file or value."""
+
+
 def read_headers(paths: Sequence[Path], keywords: Iterable[str]) -> list[Dataset]:
-    """The named attributes of each file, pixels left alone; a damaged file counts as empty."""
+    """The named attributes of each file, pixels left alone.
+
+    A value that cannot be decoded counts as absent, a damaged file as empty: one odd instance must
+    not stop the routing of all the others.
+    """
     tags = [tag for tag in map(tag_for_keyword, keywords) if tag is not None]
     return [_read_header(path, tags) for path in paths]
 
 
 def _read_header(path: Path, tags: list[int]) -> Dataset:
     try:
-        return dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-    except (InvalidDicomError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError):
+        header = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+    except _UNREADABLE:
         return Dataset()
+    for tag in list(header.keys()):
+        if not _is_readable(header, tag):
+            del header[tag]
+    return header
+
+
+def _is_readable(header: Dataset, tag: BaseTag) -> bool:
+    try:
+        element = header[tag]
+        is_sequence = isinstance(element.value, DicomSequence)
+        return dictionary_has_tag(tag) and is_sequence == (dictionary_VR(tag) == "SQ")
+    except _UNREADABLE:
+        return False
 
 
 def common_header(
@@ -198,15 +244,20 @@ def common_header(
 
 
 def _plain(header: Dataset, keyword: str) -> tuple[str | float, ...]:
-    """The values of an attribute as text or numbers; empty values count as absent (PS3.5 7.4)."""
-    try:
-        value = header.get(keyword)
-    except (ValueError, TypeError, KeyError):  # a value that cannot be decoded is no value
-        return ()
+    """The values of an attribute as text or numbers; empty values count as absent (PS3.5 7.4).
+
+    Of a sequence only its presence counts: it is the text SEQUENCE.
+    """
+    value = header.get(keyword)
+    if isinstance(value, DicomSequence):
+        return ("SEQUENCE",) if len(value) else ()
     items = value if isinstance(value, (list, MultiValue)) else [value]
-    plain = [
-        float(item) if isinstance(item, (int, float)) else str(item).strip()
-        for item in items
-        if item is not None
-    ]
+    plain = [_plain_item(item) for item in items if item is not None]
     return tuple(item for item in plain if item != "")
+
+
+def _plain_item(item: object) -> str | float:
+    try:
+        return float(item) if isinstance(item, (int, float)) else str(item).strip()
+    except OverflowError:  # an integer of hundreds of digits
+        return str(item)

@@ -24,10 +24,10 @@ from dicomnode.derived import (
     derive_series,
     derived_instance_uid,
     derived_series_uid,
-    is_synthetic,
     source_digests,
 )
 from dicomnode.errors import ConfigError, SeriesRefused
+from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.pixels import encoding_of
 from dicomnode.imaging.volume import Volume, volume_from_datasets
 from tests.factories import (
@@ -420,6 +420,12 @@ def test_the_marker_is_never_cut_off_the_description(source: str, model: str) ->
     assert re.search(r"\[SYN [a-z0-9-]+~?\]$", text)
     if len(source) > 64 and source.isprintable() and not source.isspace():
         assert "~" in text
+
+
+def test_a_long_description_is_cut_before_the_marker() -> None:
+    text = derive(ct_series(2, SeriesDescription="x" * 64))[2][0].SeriesDescription
+    assert text == "x" * 44 + "~ [SYN ldct-denoise]"
+    assert len(text) == 64
 
 
 @pytest.mark.parametrize(

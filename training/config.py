@@ -71,7 +71,9 @@ class Details:
     """Half axes, pixels."""
     faintest_hu: float = 15.0
     strongest_hu: float = 100.0
-    """Contrast, to either side."""
+    """Contrast, to either side, evenly on a log scale."""
+    weight: float = 10.0
+    """What an error inside a detail counts more than one outside."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
-from torch import Tensor
 
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.intensity import Window
@@ -23,6 +22,7 @@ from dicomnode.imaging.volume import volume_from_datasets
 from training.config import Data, Details, Folder, LowDose
 from training.errors import TrainingError
 from training.lowdose import insert_low_dose, own_noise_again
+from training.recipes import Batch
 
 CACHE_FORMAT = 2
 """Raise it when decoding or simulation changes: older caches are then made anew."""
@@ -101,8 +101,8 @@ def draw_batch(
     batch_size: int,
     patch: int,
     rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Lower-dose and full-dose patches, each (batch_size, 1, patch, patch), float32, [-1, 1].
+) -> Batch:
+    """Patches at lower and at full dose, (batch_size, 1, patch, patch).
 
     A patient with n slices is drawn in proportion to the square root of n, so that one whole
     series does not outweigh many single slices.
@@ -110,17 +110,19 @@ def draw_batch(
     share = Counter(sample.patient for sample in samples)
     weight = np.array([share[sample.patient] ** -0.5 for sample in samples])
     indices = rng.choice(len(samples), size=batch_size, p=weight / weight.sum())
-    pairs = [_draw_pair(samples[index], low_dose, details, patch, rng) for index in indices]
-    source, target = (np.stack(part) for part in zip(*pairs, strict=True))
-    return (
-        torch.from_numpy(window.to_network(source))[:, None],
-        torch.from_numpy(window.to_network(target))[:, None],
+    drawn = [_draw_patch(samples[index], low_dose, details, patch, rng) for index in indices]
+    source, target, weight = (np.stack(part)[:, None] for part in zip(*drawn, strict=True))
+    return Batch(
+        torch.from_numpy(window.to_network(source)),
+        torch.from_numpy(window.to_network(target)),
+        torch.from_numpy(weight),
     )
 
 
-def _draw_pair(
+def _draw_patch(
     sample: Sample, low_dose: LowDose, details: Details, patch: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float32], ...]:
+    """Source, target in HU and weight, each (patch, patch), float32."""
     rows, columns = sample.hu.shape
     while True:  # mostly inside the body: soft tissue or lung, rarely air
         top, left = int(rng.integers(rows - patch + 1)), int(rng.integers(columns - patch + 1))
@@ -128,8 +130,11 @@ def _draw_pair(
         target = sample.hu[window]
         if (target > -900).mean() > 0.3 or rng.random() < 0.05:
             break
+    added = np.zeros((patch, patch), np.float32)
     if rng.random() < details.share:
-        target = target + draw_details(details, patch, rng)
+        added = draw_details(details, patch, rng)
+    target = target + added
+    weight = 1.0 + np.float32(details.weight) * (np.abs(added) >= details.faintest_hu / 2)
     realisation = int(rng.integers(len(sample.noise)))
     noise = sample.noise[realisation][window].astype(np.float32)
     dose = float(np.exp(rng.uniform(np.log(low_dose.lowest), np.log(low_dose.highest))))
@@ -137,7 +142,7 @@ def _draw_pair(
         dose = 1.0
     source = insert_low_dose(target, noise, dose)
     turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-    return _turn(source, turns, mirrored), _turn(target, turns, mirrored)
+    return tuple(_turn(plane, turns, mirrored) for plane in (source, target, weight))
 
 
 def draw_details(details: Details, patch: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -148,7 +153,8 @@ def draw_details(details: Details, patch: int, rng: np.random.Generator) -> NDAr
         row, column = rng.uniform(0, patch, 2)
         turn = rng.uniform(0, np.pi)
         axes = np.exp(rng.uniform(np.log(details.smallest), np.log(details.largest), 2))
-        contrast = rng.uniform(details.faintest_hu, details.strongest_hu) * rng.choice((-1.0, 1.0))
+        faint, strong = np.log(details.faintest_hu), np.log(details.strongest_hu)
+        contrast = np.exp(rng.uniform(faint, strong)) * rng.choice((-1.0, 1.0))
         along = (rows - row) * np.cos(turn) + (columns - column) * np.sin(turn)
         across = (columns - column) * np.cos(turn) - (rows - row) * np.sin(turn)
         inside = 1.0 - np.hypot(along / axes[0], across / axes[1])  # 1 at the centre, 0 at the rim

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def charbonnier(error_hu: Tensor, knee_hu: float) -> Tensor:
-    """Mean of sqrt(e^2 + knee^2) - knee: quadratic for noise, linear for what stands out, HU."""
-    return (torch.sqrt(error_hu**2 + knee_hu**2) - knee_hu).mean()
+def charbonnier(error_hu: Tensor, knee_hu: float, weight: Tensor) -> Tensor:
+    """Weighted mean of sqrt(e^2 + knee^2) - knee: quadratic for noise, linear for outliers, HU."""
+    return (weight * (torch.sqrt(error_hu**2 + knee_hu**2) - knee_hu)).mean()
 
 
 def local_bias(error_hu: Tensor, side: int = 16) -> Tensor:

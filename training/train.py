@@ -80,10 +80,10 @@ def fit(
     window, started = window_of(config), time.monotonic()
     for step in range(first, last):
         rng = np.random.default_rng([config.seed, step])  # a step's batch is its own affair
-        source, target = draw_batch(
+        batch = draw_batch(
             train, window, config.low_dose, config.details, settings.batch_size, settings.patch, rng
         )
-        losses = recipe.step(source, target, step)
+        losses = recipe.step(batch, step)
         if (step + 1) % config.save_every == 0 or step + 1 == last:
             save_checkpoint(checkpoint, recipe, step + 1, config.digest())
             figures = evaluate_samples(denoiser(recipe.result(), window), validation)
