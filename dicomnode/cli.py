@@ -224,7 +224,7 @@ def discard(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """list the model packages, or verify them: sums, schema and self-test"""
+    """list the model packages; verify: sums, schema and self-test; bench: seconds per slice"""
     from dicomnode.imaging.package import read_package
 
     config = load_config(args.config)
@@ -234,6 +234,8 @@ def models(args: argparse.Namespace) -> int:
         {"name": p.name, "version": p.version, "task": p.manifest.task, "sha256": p.digest}
         for p in packages.values()
     ]
+    if args.action == "bench":
+        return _bench(packages.values(), args.device or config.device, rows, args.json)
     if args.action == "verify":
         from dicomnode.worker import load_models
 
@@ -247,6 +249,47 @@ def models(args: argparse.Namespace) -> int:
         return MENDABLE if failures else OK
     print(json.dumps(rows, indent=1) if args.json else "\n".join(map(_model_line, rows)))
     return OK
+
+
+def _bench(packages: Any, device: str, rows: list[dict[str, Any]], as_json: bool) -> int:
+    from dicomnode.offline import bench
+
+    for package, row in zip(packages, rows, strict=True):
+        used, row["median_seconds_per_slice"], row["slowest_seconds_per_slice"] = bench(
+            package, device
+        )
+        row["device"] = used
+        if not as_json:
+            print(
+                f"{package.name} {package.version} on {used}: "
+                f"{row['median_seconds_per_slice']:.3f} s per 512x512 slice (median of 8), "
+                f"slowest {row['slowest_seconds_per_slice']:.3f} s"
+            )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    return OK
+
+
+def conformance(args: argparse.Namespace) -> int:
+    """the DICOM Conformance Statement of this configuration, as Markdown"""
+    from dicomnode.conformance import statement
+
+    print(statement(load_config(args.config)), end="")
+    return OK
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """what a peer accepts, and whether we accept it, in plain words"""
+    from dicomnode.doctor import examine
+    from dicomnode.scu import Address
+
+    config = load_config(args.config)
+    peer = _address(config, args.peer)
+    host = "127.0.0.1" if config.node.bind == "0.0.0.0" else config.node.bind  # noqa: S104
+    ourselves = Address(host, config.node.port, config.node.ae_title, peer.called_ae)
+    diagnosis = examine(peer, ourselves)
+    print("\n".join(diagnosis.lines))
+    return OK if diagnosis.healthy else MENDABLE
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -319,8 +362,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("job")
     command.add_argument("--why", required=True)
     command = add(models, as_json=True)
-    command.add_argument("action", choices=["list", "verify"])
+    command.add_argument("action", choices=["list", "verify", "bench"])
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: as configured")
     command.add_argument("name", nargs="?")
+    add(conformance)
+    add(doctor).add_argument("peer")
     command = add(demo)
     command.add_argument("--dicom", type=Path)
     command.add_argument("--model")

@@ -148,6 +148,8 @@ class Jobs:
     ) -> State:
         """End a translation without anything to send."""
         with self._db.write() as db:
+            if overtaken := self._overtaken(db, job):
+                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
             return self._advance(db, job.id, event, now, detail, code)
 
     def derived(
@@ -168,17 +170,14 @@ class Jobs:
         A job of an overtaken generation is superseded instead: never two valid results.
         """
         with self._db.write() as db:
-            current = db.execute(
-                select(t.series.c.generation).where(t.series.c.series_uid == job.series_uid)
-            ).scalar_one()
-            if current != job.generation:
-                text = f"by generation {current}"
-                return self._advance(db, job.id, Event.OVERTAKEN, now, text)
+            if overtaken := self._overtaken(db, job):
+                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+            db.execute(t.outputs.delete().where(t.outputs.c.job == job.id))  # of an earlier try
             rows = [
                 {"job": job.id, "sop_instance_uid": uid, "sop_class_uid": sop_class}
                 for uid, sop_class in instances
             ]
-            db.execute(insert(t.outputs).on_conflict_do_nothing(), rows)
+            db.execute(t.outputs.insert(), rows)
             db.execute(
                 t.jobs.update()
                 .where(t.jobs.c.id == job.id)
@@ -197,6 +196,13 @@ class Jobs:
                         )
                     )
             return state
+
+    def _overtaken(self, db: Connection, job: Job) -> str:
+        """By which later generation of its series, in words; empty: it is the current one."""
+        s = t.series.c
+        current = db.execute(select(s.generation).where(s.series_uid == job.series_uid))
+        generation = current.scalar_one()
+        return "" if generation == job.generation else f"by generation {generation}"
 
     def _advance(
         self, db: Connection, job: int, event: Event, now: float, detail: str, code: str = ""
@@ -236,13 +242,20 @@ class Jobs:
 
     def accepted(self, delivery: int, statuses: Mapping[str, int], now: float) -> None:
         """Note instances that the destination has, by SOP Instance UID and response status."""
-        if statuses:
-            rows = [
-                {"delivery": delivery, "sop_instance_uid": uid, "status": status, "at": now}
-                for uid, status in statuses.items()
-            ]
-            with self._db.write() as db:
-                db.execute(insert(t.acceptances).on_conflict_do_nothing(), rows)
+        if not statuses:
+            return
+        rows = [
+            {"delivery": delivery, "sop_instance_uid": uid, "status": status, "at": now}
+            for uid, status in statuses.items()
+        ]
+        d, j = t.deliveries.c, t.jobs.c
+        given_up = select(d.job, d.destination, j.series_uid).join_from(t.deliveries, t.jobs)
+        with self._db.write() as db:
+            db.execute(insert(t.acceptances).on_conflict_do_nothing(), rows)
+            query = given_up.where(d.id == delivery, d.state == Delivery.DISCARDED)
+            if row := db.execute(query).one_or_none():  # they were on their way already
+                text = f"{len(rows)} instances reached {row.destination} after they were given up"
+                note(db, row.series_uid, now, text, row.job)
 
     def delivered(self, delivery: DueDelivery, detail: str, now: float) -> None:
         """The destination has every instance; the job is done with its last delivery."""
@@ -251,14 +264,16 @@ class Jobs:
             self._finish_if_delivered(db, delivery.job, now)
 
     def postpone(self, delivery: DueDelivery, until: float, detail: str, now: float) -> None:
+        """Try again at `until`; nothing happens if the delivery was given up meanwhile."""
         with self._db.write() as db:
-            db.execute(
+            waiting = db.execute(
                 t.deliveries.update()
                 .where(t.deliveries.c.id == delivery.id, t.deliveries.c.state == Delivery.WAITING)
                 .values(attempts=t.deliveries.c.attempts + 1, due=until, detail=detail)
             )
-            text = f"delivery {delivery.id} to {delivery.destination} put off: {detail}"
-            note(db, delivery.series_uid, now, text, delivery.job)
+            if waiting.rowcount:
+                text = f"delivery {delivery.id} to {delivery.destination} put off: {detail}"
+                note(db, delivery.series_uid, now, text, delivery.job)
 
     def park(self, delivery: DueDelivery, detail: str, now: float) -> None:
         with self._db.write() as db:
@@ -303,6 +318,7 @@ class Jobs:
     def retry_job(self, job: int, now: float) -> None:
         with self._db.write() as db:
             self._advance(db, job, Event.RETRIED, now, "by the operator")
+            db.execute(t.jobs.update().where(t.jobs.c.id == job).values(attempts=0))
 
     def retry_delivery(self, delivery: int, now: float) -> None:
         with self._db.write() as db:

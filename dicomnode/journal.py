@@ -121,15 +121,18 @@ class Journal:
             "plane": None if arrival.plane is None else json.dumps(arrival.plane),
             "purged": False,
         }
-        with self._db.write() as db:
+
+        def change(db: Connection) -> bool:
             new = db.execute(insert(t.instances).values(values).on_conflict_do_nothing())
-            if not new.rowcount:
-                mine = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
-                db.execute(t.instances.update().where(mine).values(purged=False))
-                self._touch(db, arrival, now)
-                return False
-            self._open_series(db, arrival, now, late)
-            return True
+            if new.rowcount:
+                self._open_series(db, arrival, now, late)
+                return True
+            mine = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
+            db.execute(t.instances.update().where(mine).values(purged=False))
+            self._touch(db, arrival, now)
+            return False
+
+        return self._db.commit(change)
 
     def _touch(self, db: Connection, arrival: Arrival, now: float) -> None:
         """A repeat keeps an open series waiting; the sender is still busy with it."""
@@ -141,9 +144,8 @@ class Journal:
 
     def _open_series(self, db: Connection, arrival: Arrival, now: float, late: str) -> None:
         s = t.series.c
-        row = db.execute(
-            select(s.open, s.generation).where(s.series_uid == arrival.series_uid)
-        ).one_or_none()
+        columns = select(s.open, s.generation, s.last_received)
+        row = db.execute(columns.where(s.series_uid == arrival.series_uid)).one_or_none()
         if row is None:
             db.execute(
                 t.series.insert().values(
@@ -159,7 +161,8 @@ class Journal:
             )
             note(db, arrival.series_uid, now, f"first instance from {arrival.calling_ae}")
             return
-        change: dict[str, Any] = {"last_received": now}
+        moved = now if now != row.last_received else now + 1e-6  # `close_series` must notice it
+        change: dict[str, Any] = {"last_received": moved}
         if not row.open and late == "regenerate":
             change |= {"open": True, "generation": row.generation + 1, "outcome": ""}
             text = f"late instances: open again as generation {row.generation + 1}"

@@ -1,18 +1,21 @@
 """A folder of DICOM without a network: which series are there, what would become of them, `run`."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
 from dicomnode.config import NodeConfig, Route
 from dicomnode.errors import PackageError, SeriesRefused
 from dicomnode.imaging.marks import is_synthetic
-from dicomnode.imaging.package import read_package
+from dicomnode.imaging.package import ModelPackage, read_package
+from dicomnode.imaging.volume import Volume
 from dicomnode.routing import Decision, decide, keywords_of
 from dicomnode.series import ARRIVAL_KEYWORDS, common_header, missing_slices, plane_of, read_headers
 from dicomnode.worker import Order, Outcome, load_models, translate
@@ -91,6 +94,29 @@ def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dic
             order = Order.of(route, tuple(files), out, now)
             outcomes[uid] = translate(order, models, failures)
     return outcomes
+
+
+def bench(package: ModelPackage, device: str, slices: int = 8) -> tuple[str, float, float]:
+    """Seconds per 512x512 slice of a model: the device used, the median and the slowest.
+
+    Raises:
+        PackageError: the model cannot be used on `device`.
+    """
+    from dicomnode.imaging.inference import predict
+
+    models, failures, used = load_models({package.name: package}, device, 0)
+    if failures:
+        raise PackageError(failures[package.name])
+    rng = np.random.default_rng(1)
+    seconds = []
+    for _ in range(slices):
+        voxels = rng.normal(40, 40, (1, 512, 512)).astype(np.float32)
+        at, axes = np.zeros((1, 3)), np.array([1.0, 0, 0, 0, 1, 0])
+        plane = Volume(voxels, package.manifest.input.unit, at, axes, (2.5, 0.7, 0.7), "", None)
+        began = time.perf_counter()
+        predict(models[package.name], plane)
+        seconds.append(time.perf_counter() - began)
+    return used, float(np.median(seconds)), max(seconds)
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:

@@ -53,7 +53,7 @@ def send_instances(paths: Sequence[Path], address: Address, on_status: OnStatus)
             0xCxxx); instances accepted before were told to `on_status`.
         DeliveryError: it may work later: no connection, a lost association, another status.
     """
-    with _Associated(address, _contexts(paths)) as association:
+    with Associated(address, _contexts(paths)) as association:
         refused: list[str] = []
         for path in paths:
             _send(association, path, address, on_status, refused)
@@ -67,13 +67,13 @@ def echo(address: Address) -> None:
     Raises:
         DeliveryError: no association, or no Success; the message says which.
     """
-    with _Associated(address, [(str(Verification), ImplicitVRLittleEndian)]) as association:
+    with Associated(address, [(str(Verification), ImplicitVRLittleEndian)]) as association:
         status = association.send_c_echo().get("Status")
         if status != 0:
             raise DeliveryError(f"{address.called_ae} answered C-ECHO with {_shown(status)}")
 
 
-class _Associated:
+class Associated:
     """An association for the length of a block."""
 
     def __init__(self, address: Address, contexts: Sequence[tuple[str, str]]) -> None:

@@ -6,7 +6,6 @@
 <root>/incoming/                                           being received; emptied at start
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -83,14 +82,11 @@ class Spool:
                 raise OutOfResources("free space is below node.reserve_free_gb")
             self._make_folder(final.parent)
             sync_file(part)
-            os.link(part, final)  # unlike rename, never replaces what is there
-            part.unlink()
-            sync_folder(final.parent)
-        except FileExistsError:
-            return None
+            new = self._link(part, final)
+            sync_folder(final.parent)  # also of another's file: it may not have come to this yet
         except OSError as error:
             raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
-        return final
+        return final if new else None
 
     def set_aside(self, part: Path, sop_instance_uid: str, digest: str) -> Path:
         """Move a file that contradicts a stored one to quarantine, durably."""
@@ -113,6 +109,15 @@ class Spool:
         """Every received file: its series, its SOP Instance UID and its path."""
         for path in self.received.glob("*/*.dcm"):
             yield path.parent.name, path.stem, path
+
+    def _link(self, part: Path, final: Path) -> bool:
+        """Unlike a rename, never replaces what is there; False if something is."""
+        try:
+            os.link(part, final)
+        except FileExistsError:
+            return False
+        part.unlink()
+        return True
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -175,4 +180,4 @@ def _sync(path: Path, flags: int) -> None:
 
 def _reason(error: OSError) -> str:
     """The system's words without the path, which carries UIDs only but tells nobody anything."""
-    return os.strerror(error.errno) if error.errno else errno.errorcode.get(0, "unknown")
+    return os.strerror(error.errno) if error.errno else "unknown reason"

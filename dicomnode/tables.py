@@ -5,10 +5,10 @@ has returned survives a power cut.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     Boolean,
@@ -26,6 +26,7 @@ from sqlalchemy import (
     event,
     select,
 )
+from sqlalchemy.exc import SQLAlchemyError
 
 from dicomnode.errors import JournalError
 
@@ -148,12 +149,34 @@ events = Table(
 )
 
 
+_Result = TypeVar("_Result")
+
+
+class _Change:
+    """A change waiting for its commit."""
+
+    def __init__(self, change: Callable[[Connection], Any]) -> None:
+        self._change = change
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.done = False
+
+    def run(self, db: Connection) -> None:
+        try:
+            with db.begin_nested():
+                self.result = self._change(db)
+        except Exception as error:  # noqa: BLE001 (raised again, on the thread it belongs to)
+            self.error = error
+
+
 class Database:
     """One journal file; safe to share between threads."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         self._engine = _open(path, create=create)
         self._lock = threading.Lock()
+        self._queue: list[_Change] = []
+        self._queue_lock = threading.Lock()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -163,6 +186,38 @@ class Database:
         """One transaction: all of it or nothing, durable when the block ends."""
         with self._lock, self._engine.begin() as db:
             yield db
+
+    def commit(self, change: Callable[[Connection], _Result]) -> _Result:
+        """Run `change` in a transaction it may share with others, durable when this returns.
+
+        Group commit: while one thread waits for the disk, others queue their changes, and the next
+        one to hold the lock commits them all at once. Each has a savepoint of its own: one that
+        raises is undone alone.
+        """
+        mine = _Change(change)
+        with self._queue_lock:
+            self._queue.append(mine)
+        with self._lock:
+            if not mine.done:
+                self._commit_queue()
+        if mine.error is not None:
+            raise mine.error
+        result: _Result = mine.result
+        return result
+
+    def _commit_queue(self) -> None:
+        with self._queue_lock:
+            batch, self._queue = self._queue, []
+        try:
+            with self._engine.begin() as db:
+                for change in batch:
+                    change.run(db)
+        except SQLAlchemyError as error:
+            for change in batch:
+                change.error = change.error or error
+        finally:
+            for change in batch:
+                change.done = True
 
     def read(self, query: Any) -> list[Any]:
         """The rows of one query, of the last committed state."""

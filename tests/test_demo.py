@@ -76,6 +76,7 @@ def test_the_demo_shows_and_checks_a_derived_series(config: Path, hospital: sock
     assert {(d.SyntheticData, d.SeriesNumber) for d in derived} == {("YES", 1002)}
     assert Image.open(out / "before-after.png").width > 1000
     assert "timeline" in printed
+    assert "noise in soft tissue" in printed
     assert not _is_running(_node_pid(out))
     with pytest.raises(BlockingIOError):
         hospital.accept()

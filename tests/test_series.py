@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -246,21 +247,20 @@ def test_the_ends_cannot_be_missed() -> None:
 
 def test_a_localizer_or_a_screenshot_in_the_series_is_no_slice() -> None:
     stack = ct_series(6, 4, 4)
-    others = [localizer(stack[0]), secondary_capture(stack[0])]
+    far = changed(stack[:1], ImagePositionPatient=[0, 0, 420])[0]
+    beside = changed([localizer(far)], ImageOrientationPatient=list(AXIAL))
+    others = [localizer(stack[0]), secondary_capture(stack[0]), *beside]
     assert (_missing([*stack, *others]), _missing([*stack[:2], *stack[3:], *others])) == (0, 1)
 
 
 def test_direction_cosines_that_differ_in_rounding_are_one_stack() -> None:
     planes = []
     for index in range(9):
-        cosine = 0.12345 + (index % 3) * 5e-6  # rounds to 0.123 and 0.124 by thousandths
-        sine = math.sqrt(1 - cosine**2)
-        orientation = [sine, cosine, 0.0, 0.0, 0.0, -1.0]
+        cosine = 0.1235 + (1e-6 if index % 4 else -1e-6)  # on either side of a rounding step
+        orientation = [math.sqrt(1 - cosine**2), cosine, 0.0, 0.0, 0.0, -1.0]
         planes.append({"position": [0.0, 3.0 * index, 0.0], "orientation": orientation})
-    half = 0.1235
-    for index, plane in enumerate(planes):
-        plane["orientation"][1] = half + (1e-6 if index % 3 else -1e-6)
     assert missing_slices(planes) == 0
+    assert missing_slices(planes[:4] + planes[5:]) == 1
 
 
 def test_each_of_two_parallel_stacks_is_looked_at() -> None:
@@ -280,33 +280,28 @@ def test_too_few_positions_have_no_gap(count: int) -> None:
     assert _missing(ct_series(2, 4, 4)[:count]) == 0
 
 
-@pytest.mark.parametrize("text", ["", "1\\2", "nan\\0\\0", "inf\\0\\0", "a\\b\\c", "1e400\\0\\0"])
-def test_a_position_that_is_none_is_not_used(text: str) -> None:
-    stack = ct_series(5, 4, 4)
-    raw = file_bytes(changed(stack[:1], ImagePositionPatient=[9, 9, 9])[0])
-    value = text.encode().ljust(6)
-    damaged = _with_element(raw, b"\x20\x00\x32\x00DS\x06\x00", b"9\\9\\9 ", value)
-    header = read_headers([_written(damaged)], ARRIVAL_KEYWORDS)[0]
-    assert plane_of(header) is None
-    assert missing_slices([*map(plane_of, stack[1:]), plane_of(header)]) == 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("headers")
 
 
-def _with_element(raw: bytes, head: bytes, old: bytes, new: bytes) -> bytes:
-    assert raw.count(head + old) == 1
-    length = len(new).to_bytes(2, "little")
-    return raw.replace(head + old, head[:-2] + length + new)
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path) -> None:
-    global _here
-    _here = tmp_path
-
-
-def _written(raw: bytes) -> Path:
-    path = _here / f"{abs(hash(raw))}.dcm"
+def _written(folder: Path, raw: bytes) -> Path:
+    path = folder / f"{abs(hash(raw))}.dcm"
     path.write_bytes(raw)
     return path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("text", ["", "1\\2", "nan\\0\\0", "inf\\0\\0", "a\\b\\c", "1e999\\0\\0"])
+def test_a_position_that_is_none_is_not_used(text: str, folder: Path) -> None:
+    def plane(position: str) -> Any:
+        elements = [("ImagePositionPatient", "DS", position.encode())]
+        elements.append(("ImageOrientationPatient", "DS", b"1\\0\\0\\0\\1\\0 "))
+        path = _written(folder, _strange(elements))
+        return plane_of(read_headers([path], ARRIVAL_KEYWORDS)[0])
+
+    assert plane("1\\2\\3") == {"position": [1, 2, 3], "orientation": list(AXIAL)}
+    assert plane(text) is None
 
 
 # what holds for all instances
@@ -315,16 +310,19 @@ _VRS = ["CS", "DS", "IS", "LO", "UI", "US", "SL", "FD", "SQ", "UN", "OB", "PN", 
 _KEYWORDS = [*keywords_of(()), "Rows", "SliceThickness", "SeriesNumber", "ImageType", "PatientName"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @given(
-    st.lists(
+    elements=st.lists(
         st.tuples(st.sampled_from(_KEYWORDS), st.sampled_from(_VRS), st.binary(max_size=9)),
         max_size=4,
         unique_by=lambda element: element[0],
     )
 )
-def test_no_header_stops_the_routing_of_others(elements: list[tuple[str, str, bytes]]) -> None:
-    whole = ct_series(1, 4, 4)[0]
-    headers = read_headers([_written(_strange(elements)), _written(file_bytes(whole))], _KEYWORDS)
+def test_no_header_stops_the_routing_of_others(
+    elements: list[tuple[str, str, bytes]], folder: Path
+) -> None:
+    files = [_strange(elements), file_bytes(ct_series(1, 4, 4)[0])]
+    headers = read_headers([_written(folder, raw) for raw in files], _KEYWORDS)
     header = common_header(headers, _KEYWORDS, {})
     assert header.instances == 2
     assert not any(map(is_synthetic, headers[1:]))
@@ -334,8 +332,6 @@ def test_no_header_stops_the_routing_of_others(elements: list[tuple[str, str, by
 
 def _strange(elements: list[tuple[str, str, bytes]]) -> bytes:
     """A Part 10 file with elements of these VRs and raw values."""
-    from pydicom.datadict import tag_for_keyword
-
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -351,15 +347,15 @@ def _strange(elements: list[tuple[str, str, bytes]]) -> bytes:
     return raw
 
 
-def test_a_file_that_is_no_dicom_counts_as_empty() -> None:
-    (header,) = read_headers([_written(b"nothing")], ["Modality"])
+def test_a_file_that_is_no_dicom_counts_as_empty(folder: Path) -> None:
+    (header,) = read_headers([_written(folder, b"nothing")], ["Modality"])
     assert common_header([header], ["Modality"], {}).values["Modality"] == ()
 
 
-def test_of_a_sequence_only_the_presence_counts() -> None:
+def test_of_a_sequence_only_the_presence_counts(folder: Path) -> None:
     with_one = ct_series(1, 4, 4, private=True)[0]
     keyword = "RequestAttributesSequence"
-    headers = read_headers([_written(file_bytes(with_one))], [keyword])
+    headers = read_headers([_written(folder, file_bytes(with_one))], [keyword])
     assert common_header(headers, [keyword], {}).values[keyword] == ("SEQUENCE",)
 
 

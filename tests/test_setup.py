@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -197,3 +198,18 @@ def test_ci_run_works_from_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["setup", "packages", "run"])
 def test_the_scripts_can_be_executed(name: str) -> None:
     assert os.access(ROOT / ".ci" / name, os.X_OK)
+
+
+def test_the_workflow_runs_what_a_developer_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    commands = [step.get("run") for step in workflow["jobs"]["test"]["steps"]]
+    assert ".ci/run" in commands
+    assert "make demo" in commands
+
+
+def test_every_target_of_the_makefile_is_named_by_make_help() -> None:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony is not None
+    helped = set(re.findall(r'echo "make (\S+)', text))
+    assert set(phony[1].split()) - helped == {"help", "setup", "packages"}

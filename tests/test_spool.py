@@ -1,0 +1,187 @@
+"""The spool: whole files or none, never one over another, names that no stranger can choose."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dicomnode.errors import CannotUnderstand, OutOfResources
+from dicomnode.spool import Spool, checked_uid, dataset_digest, write_durably
+from tests.factories import ct_series, file_bytes
+
+MOUNT, UMOUNT = "/usr/bin/mount", "/usr/bin/umount"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    spool = Spool(tmp_path / "data")
+    spool.prepare()
+    return spool
+
+
+def _part(spool: Spool, data: bytes, name: str = "part") -> Path:
+    path = spool.incoming / name
+    path.write_bytes(data)
+    return path
+
+
+def _files(spool: Spool) -> dict[str, bytes]:
+    paths = [path for path in spool.root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(spool.root)): path.read_bytes() for path in paths}
+
+
+def test_a_kept_file_lies_under_its_series(spool: Spool) -> None:
+    kept = spool.keep(_part(spool, b"abc"), "1.2", "1.2.3")
+    assert kept == spool.root / "received/1.2/1.2.3.dcm"
+    assert _files(spool) == {"received/1.2/1.2.3.dcm": b"abc"}
+    assert list(spool.stored()) == [("1.2", "1.2.3", kept)]
+
+
+def test_a_stored_file_is_never_replaced(spool: Spool) -> None:
+    spool.keep(_part(spool, b"first"), "1.2", "1.2.3")
+    assert spool.keep(_part(spool, b"second"), "1.2", "1.2.3") is None
+    assert _files(spool)["received/1.2/1.2.3.dcm"] == b"first"
+
+
+def test_what_contradicts_a_stored_file_is_set_aside_whole(spool: Spool) -> None:
+    part = _part(spool, b"other")
+    aside = spool.set_aside(part, "1.2.3", sha256(b"other").hexdigest())
+    assert aside.parent == spool.quarantine
+    assert (aside.read_bytes(), part.exists()) == (b"other", False)
+
+
+def test_two_contradictions_are_both_kept(spool: Spool) -> None:
+    for data in (b"one", b"two"):
+        spool.set_aside(_part(spool, data), "1.2.3", sha256(data).hexdigest())
+    assert sorted(_files(spool).values()) == [b"one", b"two"]
+
+
+def test_prepare_removes_what_was_half_received_and_nothing_else(spool: Spool) -> None:
+    spool.keep(_part(spool, b"whole"), "1.2", "1.2.3")
+    _part(spool, b"hal", "tmp1234")
+    half = spool.result_path("1.9", "1.9.1").with_suffix(".part")
+    half.parent.mkdir()
+    half.write_bytes(b"hal")
+    write_durably(spool.result_path("1.9", "1.9.2"), b"done")
+    spool.prepare()
+    assert _files(spool) == {"received/1.2/1.2.3.dcm": b"whole", "results/1.9/1.9.2.dcm": b"done"}
+
+
+def test_a_result_is_written_again_with_the_same_bytes(spool: Spool) -> None:
+    path = spool.result_path("1.9", "1.9.1")
+    path.parent.mkdir()
+    for _ in range(2):
+        write_durably(path, b"result")
+    assert _files(spool) == {"results/1.9/1.9.1.dcm": b"result"}
+
+
+def test_below_the_reserve_nothing_is_stored(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, reserve_bytes=1 << 60)
+    spool.prepare()
+    assert not spool.has_room()
+    with pytest.raises(OutOfResources, match="reserve_free_gb"):
+        spool.keep(_part(spool, b"abc"), "1.2", "1.2.3")
+    assert list(spool.stored()) == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    if os.geteuid() or not Path(MOUNT).exists():
+        pytest.skip("only root can mount a small file system")
+    options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mounted = subprocess.run([MOUNT, *options], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run([UMOUNT, str(folder)], check=True)
+
+
+def test_a_full_disk_is_out_of_resources_and_leaves_nothing_half_written(tiny_disk: Path) -> None:
+    spool = Spool(tiny_disk)
+    spool.prepare()
+    path = spool.result_path("1.9", "1.9.1")
+    path.parent.mkdir()
+    with pytest.raises(OutOfResources, match="No space left") as refusal:
+        write_durably(path, bytes(1 << 20))
+    assert refusal.value.status == 0xA700
+    assert _files(spool) == {}
+
+
+def test_a_disk_that_refuses_the_place_is_out_of_resources(spool: Spool) -> None:
+    part = _part(spool, b"abc")
+    (spool.received / "1.2").write_bytes(b"a file where a folder should be")
+    with pytest.raises(OutOfResources):
+        spool.keep(part, "1.2", "1.2.3")
+
+
+# names
+
+
+@given(st.lists(st.integers(0, 10**20), min_size=1, max_size=3))
+def test_a_uid_is_taken_as_it_is(parts: list[int]) -> None:
+    text = ".".join(map(str, parts))
+    assert checked_uid(text, "SOPInstanceUID") == text
+
+
+BAD = ["", None, "..", ".", "1..2", "1.", ".1", "01.2", "1.02", "../../etc", "1/2", "1\\2", "1.2\0"]
+BAD += ["1.2\n", " 1.2", "1.2 ", "１.2", "1.2.a", "1.-2", "1" * 65, "9" * 10_000, "1." * 10_000]  # noqa: RUF001
+
+
+@pytest.mark.parametrize("text", BAD, ids=lambda text: repr(text)[:20])
+def test_what_is_no_uid_never_becomes_a_path(text: object) -> None:
+    with pytest.raises(CannotUnderstand, match=r"^SOPInstanceUID is not a valid UID$"):
+        checked_uid(text, "SOPInstanceUID")
+
+
+@given(st.text(max_size=70))
+def test_a_checked_uid_is_one_plain_file_name(text: str) -> None:
+    try:
+        uid = checked_uid(text, "UID")
+    except CannotUnderstand:
+        return
+    assert uid.isascii()
+    assert set(uid) <= set("0123456789.")
+    assert Path("folder", uid).parent == Path("folder")
+    assert uid not in ("", ".", "..")
+
+
+# digests
+
+
+def test_the_digest_is_of_the_data_set_and_not_of_the_meta_information(tmp_path: Path) -> None:
+    dataset = ct_series(1, 4, 4)[0]
+    digests = []
+    for sender in ("CT1", "ANOTHER_SCANNER"):
+        dataset.file_meta.SourceApplicationEntityTitle = sender
+        path = tmp_path / sender
+        path.write_bytes(file_bytes(dataset))
+        digests.append(dataset_digest(path))
+    assert digests[0][0] == digests[1][0]
+    assert digests[0][1] < digests[1][1]
+
+
+def test_one_changed_pixel_is_another_digest(tmp_path: Path) -> None:
+    path = tmp_path / "a.dcm"
+    raw = file_bytes(ct_series(1, 4, 4)[0])
+    path.write_bytes(raw)
+    before = dataset_digest(path)
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert dataset_digest(path)[0] != before[0]
+    assert dataset_digest(path)[1] == before[1] == len(raw)
+
+
+@given(data=st.binary(max_size=200))
+def test_a_file_without_meta_information_has_a_digest_too(
+    data: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "raw"
+    path.write_bytes(data)
+    assert dataset_digest(path) == (sha256(data).hexdigest(), len(data))
