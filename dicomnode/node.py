@@ -1,11 +1,11 @@
 """The running node: what runs where, recovery at the start, orderly stop.
 
 pynetdicom's threads   association -> scp -> spool, journal
-thread "completion"    open series -> verdict -> routes -> queued jobs
-thread "translation"   queued job -> worker process -> derived series on disk
-thread "delivery"      due deliveries -> courier process -> destinations
-thread "housekeeping"  retention, gauges
-thread "http"          health, metrics, status
+thread complete_series open series -> verdict -> routes -> queued jobs
+thread translate_next  queued job -> worker process -> derived series on disk
+thread deliver_due     due deliveries -> courier process -> destinations
+thread keep_house      retention
+thread http            health, metrics, status
 """
 
 import fcntl
@@ -44,6 +44,9 @@ MAX_ATTEMPTS = 5
 DRAIN_SECONDS = 20.0
 """How long an orderly stop waits for open associations, a translation and deliveries, each."""
 _TICK_SECONDS = 0.2
+"""Between looks at what changes with the clock, while there is something to look at."""
+_IDLE_SECONDS = 1.0
+"""Between looks when nothing is under way: an operator's retry comes through the journal."""
 _HOUSEKEEPING_SECONDS = 60.0
 
 
@@ -75,6 +78,7 @@ class Node:
         self._missing: dict[str, tuple[float, int]] = {}
         self._started = time.time()
         self._stop = threading.Event()
+        self._queued, self._due = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -86,14 +90,8 @@ class Node:
         self._recover()
         self._started = time.time()
         self._web.start()
-        loops: dict[str, tuple[Callable[[], None], float]] = {
-            "completion": (self.complete_series, _TICK_SECONDS),
-            "translation": (self.translate_next, _TICK_SECONDS),
-            "delivery": (self.deliver_due, _TICK_SECONDS),
-            "housekeeping": (self.keep_house, _HOUSEKEEPING_SECONDS),
-        }
-        for name, (step, pause) in loops.items():
-            thread = threading.Thread(target=self._repeat, args=(step, pause), name=name)
+        for step in (self.complete_series, self.translate_next, self.deliver_due, self.keep_house):
+            thread = threading.Thread(target=self._repeat, args=(step,), name=step.__name__)
             thread.start()
             self._threads.append(thread)
         self._scp.start()
@@ -105,7 +103,8 @@ class Node:
         """Refuse new associations, let what runs end for a while, keep the rest for later."""
         log.info("draining")
         self._scp.drain(DRAIN_SECONDS)
-        self._stop.set()
+        for event in (self._stop, self._queued, self._due):
+            event.set()
         deadline = time.monotonic() + DRAIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -132,8 +131,10 @@ class Node:
 
     def complete_series(self) -> None:
         """Close every open series that is complete, and queue a job for each route it takes."""
-        for series in self._journal.open_series():
+        open_series = self._journal.open_series()
+        for series in open_series:
             self._judge(series)
+        self._stop.wait(_TICK_SECONDS if open_series else 2 * _TICK_SECONDS)
 
     def _judge(self, series: OpenSeries) -> None:
         now = time.time()
@@ -156,6 +157,7 @@ class Node:
             notes += why
         notes.append(outcome)
         if self._jobs.close_series(series, outcome, routes, notes, now):
+            self._queued.set()
             self._carriers.forget(series.series_uid)
             self._missing.pop(series.series_uid, None)
             metrics.series_completed.labels(verdict.kind).inc()
@@ -204,9 +206,13 @@ class Node:
                 detail = "unexpected; traceback in the log"
                 code = type(error).__name__
                 self._jobs.finish(job, Event.BROKE, time.time(), code=code, detail=detail)
+            self._due.set()
             if self._stop.is_set() or self._worker is not worker:
                 return
             job = self._jobs.claim(time.time())
+        if worker is not None or not self._packages:
+            self._queued.wait(_IDLE_SECONDS)
+            self._queued.clear()
 
     def _ready_worker(self) -> Worker | None:
         if not self._packages:
@@ -282,9 +288,12 @@ class Node:
 
     def deliver_due(self) -> None:
         self._outbox.start_due(time.time())
+        self._due.wait(_TICK_SECONDS if self._outbox.busy else _IDLE_SECONDS)
+        self._due.clear()
 
     def keep_house(self) -> None:
         purge(self._database, self._spool, self._config.retention, time.time())
+        self._stop.wait(_HOUSEKEEPING_SECONDS)
 
     def _refresh(self) -> None:
         """Gauges that are read from the journal when somebody asks."""
@@ -309,14 +318,13 @@ class Node:
             if sop_instance_uid not in known and adopt_orphan(path, self._journal, now):
                 log.info("adopted %s: stored before the stop, not journalled", sop_instance_uid)
 
-    def _repeat(self, step: Callable[[], None], pause: float) -> None:
+    def _repeat(self, step: Callable[[], None]) -> None:
         while not self._stop.is_set():
             try:
                 step()
             except Exception:  # a thread that dies silently stops the node without a sign
                 log.exception("unexpected error in %s", step.__name__)
-                self._stop.wait(1.0)
-            self._stop.wait(pause)
+                self._stop.wait(_IDLE_SECONDS)
 
 
 def load_packages(config: NodeConfig) -> dict[str, ModelPackage]:

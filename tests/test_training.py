@@ -210,9 +210,7 @@ def test_the_evaluation_prints_the_figures_of_the_package(patients: Path, tmp_pa
         ("seed.deep=1", "seed has no keys below it"),
     ],
 )
-def test_a_wrong_key_is_refused(
-    patients: Path, tmp_path: Path, override: str, reason: str
-) -> None:
+def test_a_wrong_key_is_refused(patients: Path, tmp_path: Path, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_config(write_config(patients, tmp_path), [override])
 
@@ -389,9 +387,7 @@ def test_a_lower_dose_measures_as_one(dose: float) -> None:
     hu = slice_hu(1)
     extra = own_noise_again(hu, SPACING_MM, 1, np.random.default_rng(0))[0]
     low = insert_low_dose(hu, extra, dose)
-    ratio = (
-        measure_noise(low, SPACING_MM).deviation_hu / measure_noise(hu, SPACING_MM).deviation_hu
-    )
+    ratio = measure_noise(low, SPACING_MM).deviation_hu / measure_noise(hu, SPACING_MM).deviation_hu
     assert ratio == pytest.approx(math.sqrt(1 / dose), rel=0.15)
 
 

@@ -34,6 +34,7 @@ from training.metrics import (
     insert_image,
     insert_recovery,
     interval,
+    noise_left,
     psnr,
     tissue_masks,
 )
@@ -57,6 +58,8 @@ class SliceFigures:
     """Edge retention."""
     inserts: tuple[float, ...]
     """Insert recovery, in the order of metrics.INSERTS."""
+    noise: float
+    """Noise left in soft tissue, as a share of the input's."""
 
 
 Interval = tuple[float, float, float]
@@ -100,6 +103,10 @@ class Figures:
 
     def bias_hu(self, tissue: str) -> Interval:
         return self.over_patients(lambda item: item.bias_hu.get(tissue))
+
+    @property
+    def noise(self) -> Interval:
+        return self.over_patients(lambda item: item.noise)
 
     def insert(self, index: int) -> Interval:
         return self.over_patients(lambda item: item.inserts[index])
@@ -207,6 +214,7 @@ def _evaluate(apply: Denoiser, sample: Sample, low: Image) -> SliceFigures:
             insert_recovery(apply(low + inserted), result, inserted)
             for inserted in (insert_image(truth, spacing, insert, rng) for insert in INSERTS)
         ),
+        noise_left(result, low, truth, tissues["soft tissue"]),
     )
 
 
@@ -217,6 +225,7 @@ def print_figures(name: str, figures: Figures) -> None:
         "PSNR, dB": figures.psnr,
         "gain, dB": figures.gain_db,
         **{f"bias in {tissue}, HU": figures.bias_hu(tissue) for tissue in TISSUES},
+        "noise left in soft tissue": figures.noise,
         "edge retention": figures.edges,
         **{f"recovery of {item}": figures.insert(i) for i, item in enumerate(INSERTS)},
     }

@@ -136,6 +136,7 @@ def describe_figures(figures: Figures) -> dict[str, Any]:
         "psnr_of_input_db": figures.psnr_low,
         "psnr_db": figures.psnr,
         "gain_db": figures.gain_db,
+        "noise_left": figures.noise,
         "edge_retention": figures.edges,
     }
     named |= {f"bias_{tissue.replace(' ', '_')}_hu": figures.bias_hu(tissue) for tissue in TISSUES}

@@ -1,0 +1,99 @@
+"""One data set on its way from the network to a Part 10 file; it is never held in memory."""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+_LONG = {"OB"}
+"""Of the VRs used here, those with a 4-byte length (PS3.5 7.1.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A data set that came whole, and what its C-STORE request said of it."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    """Affected SOP Class and Instance UID of the request; the data set may say otherwise."""
+    transfer_syntax_uid: str
+    message_id: int
+    part: Path
+    """Part 10 file, closed, not synced; removed after `Handler.store` unless it was moved."""
+    sha256: str
+    """Of the data set as sent, file meta information left out."""
+    size: int
+    """Of the data set, bytes."""
+    file_size: int
+    """Of the file, bytes."""
+
+
+class Incoming:
+    """A part file that grows with each fragment."""
+
+    def __init__(self, part: Path, meta: bytes) -> None:
+        """Raises OSError if the file cannot be made."""
+        self.part = part
+        self.size = 0
+        self._meta_size = len(meta)
+        self._digest = hashlib.sha256()
+        self._file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        self._write(memoryview(meta))
+
+    def add(self, fragment: memoryview) -> None:
+        """Raises OSError if the disk refuses."""
+        self._write(fragment)
+        self._digest.update(fragment)
+        self.size += len(fragment)
+
+    def close(self) -> tuple[str, int]:
+        """SHA-256 of the data set and size of the file.
+
+        Raises OSError if the disk refuses.
+        """
+        file, self._file = self._file, -1
+        os.close(file)
+        return self._digest.hexdigest(), self._meta_size + self.size
+
+    def discard(self) -> None:
+        """Remove the file, if it is still ours."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+        self.part.unlink(missing_ok=True)
+
+    def _write(self, data: memoryview) -> None:
+        written = os.write(self._file, data)
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+
+
+def file_meta(
+    sop_class_uid: str,
+    sop_instance_uid: str,
+    transfer_syntax_uid: str,
+    calling_ae: str,
+    implementation_class_uid: str,
+    implementation_version_name: str,
+) -> bytes:
+    """Preamble, prefix and File Meta Information of a received instance (PS3.10 7.1)."""
+    elements = b"".join(
+        (
+            _element(0x0001, "OB", b"\0\1"),
+            _element(0x0002, "UI", sop_class_uid.encode("ascii")),
+            _element(0x0003, "UI", sop_instance_uid.encode("ascii")),
+            _element(0x0010, "UI", transfer_syntax_uid.encode("ascii")),
+            _element(0x0012, "UI", implementation_class_uid.encode("ascii")),
+            _element(0x0013, "SH", implementation_version_name.encode("ascii")),
+            _element(0x0016, "AE", calling_ae.encode("ascii", "replace")),
+        )
+    )
+    return bytes(128) + b"DICM" + _element(0, "UL", struct.pack("<L", len(elements))) + elements
+
+
+def _element(element: int, vr: str, value: bytes) -> bytes:
+    """One element of group 0002, explicit VR little endian, padded to even length."""
+    value += (b"\0" if vr in ("UI", "OB") else b" ") * (len(value) % 2)
+    length = struct.pack("<HL", 0, len(value)) if vr in _LONG else struct.pack("<H", len(value))
+    return struct.pack("<HH", 2, element) + vr.encode() + length + value
