@@ -1,98 +1,156 @@
-"""Which attributes of a source instance a derived CT instance keeps, and how they are copied.
+"""Which attributes of a source instance a derived instance may keep, and how they are copied.
 
-An allow-list: what is not named here, and every private attribute at any depth, stays behind. The
-Patient and Study modules are kept whole by `copy_patient_and_study`.
+An allow-list: what is not named here, and every private attribute at any depth, stays behind.
+Which of the groups an output type takes is said in outputs.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import highdicom
 from pydicom import DataElement, Dataset
-from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import CTImageStorage, generate_uid
 
-_BY_MODULE = {  # module of PS3.3 -> keywords, copied value by value if present
-    "C.7.3.1 General Series": "BodyPartExamined ProtocolName RequestAttributesSequence "
-    "AnatomicalOrientationType",
-    "C.7.3.2 Clinical Trial Series": "ClinicalTrialCoordinatingCenterName ClinicalTrialSeriesID "
-    "ClinicalTrialSeriesDescription",
-    "C.7.5.1 General Equipment": "InstitutionName InstitutionalDepartmentName",
-    "C.7.10.1 General Acquisition": "AcquisitionDate AcquisitionTime AcquisitionDateTime "
-    "AcquisitionUID AcquisitionDuration IrradiationEventUID",
-    "C.7.6.1 General Image": "QualityControlImage BurnedInAnnotation RecognizableVisualFeatures "
-    "ImageLaterality AnatomicRegionSequence PrimaryAnatomicStructureSequence PatientOrientation "
-    "LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod",
-    "C.12.4 General Reference": "ReferencedImageSequence",
-    "C.7.6.2 Image Plane": "ImagePositionPatient ImageOrientationPatient PixelSpacing "
-    "SpacingBetweenSlices SliceLocation",
-    "C.7.6.3 Image Pixel": "PhotometricInterpretation",
-    "C.8.2.1 CT Image": "ScanOptions DataCollectionDiameter ReconstructionDiameter "
-    "DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt TableHeight "
-    "RotationDirection ExposureTime XRayTubeCurrent Exposure ExposureInuAs FilterType "
-    "FilterMaterial GeneratorPower FocalSpots ConvolutionKernel RevolutionTime "
-    "SingleCollimationWidth TotalCollimationWidth TableSpeed TableFeedPerRotation "
-    "SpiralPitchFactor DataCollectionCenterPatient ReconstructionTargetCenterPatient "
-    "ExposureModulationType CTDIvol CTDIPhantomTypeCodeSequence",
-    "C.11.2 VOI LUT": "VOILUTFunction",
-    "C.12.1 SOP Common": "TimezoneOffsetFromUTC LongitudinalTemporalInformationModified",
-}
-_TYPE_2 = {  # copied, or written empty
-    "C.7.3.1 General Series": "PatientPosition",
-    "C.7.4.1 Frame of Reference": "PositionReferenceIndicator",
-    "C.7.6.2 Image Plane": "SliceThickness",
-    "C.8.2.1 CT Image": "KVP AcquisitionNumber",
-}
-_CONTRAST = {
-    "C.7.6.4 Contrast/Bolus": "ContrastBolusAgent ContrastBolusAgentSequence ContrastBolusRoute "
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+COMMON = _words(  # of every output type, copied as they are if present
+    # C.7.3.1 General Series, C.7.3.2 Clinical Trial Series
+    "BodyPartExamined ProtocolName RequestAttributesSequence AnatomicalOrientationType "
+    "ClinicalTrialCoordinatingCenterName ClinicalTrialSeriesID ClinicalTrialSeriesDescription "
+    # C.7.5.1 General Equipment
+    "InstitutionName InstitutionalDepartmentName "
+    # C.7.10.1 General Acquisition
+    "AcquisitionDate AcquisitionTime AcquisitionDateTime AcquisitionNumber AcquisitionUID "
+    "AcquisitionDuration "
+    # C.7.6.1 General Image
+    "QualityControlImage BurnedInAnnotation RecognizableVisualFeatures ImageLaterality "
+    "AnatomicRegionSequence PrimaryAnatomicStructureSequence PatientOrientation "
+    "LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod "
+    # C.12.4 General Reference
+    "ReferencedImageSequence "
+    # C.7.6.2 Image Plane
+    "ImagePositionPatient ImageOrientationPatient PixelSpacing SpacingBetweenSlices "
+    "SliceLocation "
+    # C.12.1 SOP Common
+    "SpecificCharacterSet TimezoneOffsetFromUTC LongitudinalTemporalInformationModified"
+)
+COMMON_OR_EMPTY = _words("PositionReferenceIndicator SliceThickness")
+"""Type 2 in every output: copied, or written empty."""
+
+CT = _words(  # C.8.2.1 CT Image: what stays true when a CT is made of a CT
+    "ScanOptions DataCollectionDiameter ReconstructionDiameter DistanceSourceToDetector "
+    "DistanceSourceToPatient GantryDetectorTilt TableHeight RotationDirection ExposureTime "
+    "XRayTubeCurrent Exposure ExposureInuAs FilterType FilterMaterial GeneratorPower FocalSpots "
+    "ConvolutionKernel RevolutionTime SingleCollimationWidth TotalCollimationWidth TableSpeed "
+    "TableFeedPerRotation SpiralPitchFactor DataCollectionCenterPatient "
+    "ReconstructionTargetCenterPatient ExposureModulationType IrradiationEventUID"
+)
+CT_DOSE = _words("CTDIvol CTDIPhantomTypeCodeSequence")
+CONTRAST = _words(  # C.7.6.4 Contrast/Bolus
+    "ContrastBolusAgent ContrastBolusAgentSequence ContrastBolusRoute "
     "ContrastBolusAdministrationRouteSequence ContrastBolusVolume ContrastBolusStartTime "
     "ContrastBolusStopTime ContrastBolusTotalDose ContrastFlowRate ContrastFlowDuration "
-    "ContrastBolusIngredient ContrastBolusIngredientConcentration",
-}
+    "ContrastBolusIngredient ContrastBolusIngredientConcentration"
+)
+
+PET = _words(  # C.8.9.1 PET Series, C.8.9.2 Isotope, C.8.9.4 Image, C.8.4.6 NM/PET Orientation
+    "SeriesDate SeriesTime CountsSource SeriesType ReprojectionMethod NumberOfTimeSlices "
+    "RandomsCorrectionMethod AttenuationCorrectionMethod AttenuationCorrectionSource "
+    "AttenuationCorrectionTemporalRelationship ScatterCorrectionMethod DecayCorrection "
+    "ReconstructionDiameter ConvolutionKernel ReconstructionMethod DetectorLinesOfResponseUsed "
+    "AcquisitionStartCondition AcquisitionStartConditionData AcquisitionTerminationCondition "
+    "AcquisitionTerminationConditionData FieldOfViewShape FieldOfViewDimensions "
+    "GantryDetectorTilt GantryDetectorSlew TypeOfDetectorMotion CollimatorGridName "
+    "AxialAcceptance AxialMash TransverseMash DetectorElementSize CoincidenceWindowWidth "
+    "EnergyWindowRangeSequence InterventionDrugInformationSequence FrameReferenceTime "
+    "ActualFrameDuration DecayFactor DoseCalibrationFactor ScatterFractionFactor DeadTimeFactor "
+    "SliceSensitivityFactor"
+)
+PET_OR_EMPTY = _words(
+    "CorrectedImage CollimatorType AcquisitionDate AcquisitionTime "
+    "RadiopharmaceuticalInformationSequence PatientOrientationCodeSequence "
+    "PatientGantryRelationshipCodeSequence"
+)
+
+PER_SLICE = _words(
+    "AcquisitionDate AcquisitionTime AcquisitionDateTime AcquisitionNumber AcquisitionUID "
+    "IrradiationEventUID ImageLaterality PatientOrientation LossyImageCompressionRatio "
+    "ReferencedImageSequence ImagePositionPatient SliceLocation ExposureTime XRayTubeCurrent "
+    "Exposure ExposureInuAs TableHeight DataCollectionCenterPatient "
+    "ReconstructionTargetCenterPatient CTDIvol FrameReferenceTime ActualFrameDuration DecayFactor "
+    "ScatterFractionFactor DeadTimeFactor SliceSensitivityFactor"
+)
+"""What commonly differs from slice to slice, so that a template leaves it out."""
+WINDOW = ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation", "VOILUTFunction")
+SIDE = ("Laterality", "BodyPartExamined", "AnatomicRegionSequence", "ImageLaterality")
 
 
-def _keywords(modules: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(keyword for keywords in modules.values() for keyword in keywords.split())
+@cache
+def patient_and_study() -> tuple[int, ...]:
+    """Tags of every standard attribute of the Patient and Study modules (PS3.3 C.7.1, C.7.2).
+
+    highdicom knows them; it is asked by giving it a source that has nothing.
+    """
+    asked: list[int] = []
+
+    class Empty(Dataset):
+        SOPInstanceUID = ""
+        SOPClassUID = CTImageStorage
+
+        def __getitem__(self, key: Any) -> Any:
+            asked.append(key)
+            raise KeyError(key)
+
+    uid = generate_uid(entropy_srcs=["any"])
+    reader = highdicom.SOPClass(uid, uid, 1, uid, CTImageStorage, 1, "CT", "any")
+    reader.copy_patient_and_study_information(Empty())
+    return tuple(asked)
 
 
-KEPT = _keywords(_BY_MODULE)
-KEPT_OR_EMPTY = _keywords(_TYPE_2)
-CONTRAST = _keywords(_CONTRAST)
-_TAG = {keyword: tag_for_keyword(keyword) or 0 for keyword in KEPT + KEPT_OR_EMPTY + CONTRAST}
+def tags_of(keywords: Iterable[str]) -> tuple[int, ...]:
+    """The tags of keywords of the standard."""
+    return tuple(_tag_of(keyword) for keyword in keywords)
 
 
-def copy_attributes(derived: Dataset, source: Dataset, keywords: Iterable[str]) -> None:
-    """Copy the attributes named from `source`, if it has them."""
-    for keyword in keywords:
-        tag = _TAG.get(keyword) or tag_for_keyword(keyword) or 0
+@cache
+def _tag_of(keyword: str) -> BaseTag:
+    return Tag(keyword)
+
+
+def copy_tags(derived: Dataset, source: Dataset, tags: Iterable[int]) -> None:
+    """Copy the attributes that `source` has, value for value; nothing mutable is shared."""
+    for tag in tags:
         if tag in source:
             derived.add(_clean(source[tag]))
 
 
-def copy_patient_and_study(derived: highdicom.SOPClass, source: Dataset) -> None:
-    """Copy every standard attribute of the Patient and Study modules (PS3.3 C.7.1, C.7.2)."""
-    derived.copy_patient_and_study_information(source)
-    for tag in list(derived.keys()):
-        derived.add(_clean(derived[tag]))  # highdicom shares elements with the source
+def copy_attributes(derived: Dataset, source: Dataset, keywords: Iterable[str]) -> None:
+    """Copy the attributes named from `source`, if it has them."""
+    copy_tags(derived, source, tags_of(keywords))
 
 
-def copy_image_attributes(derived: Dataset, source: Dataset) -> None:
-    """Copy what stays true of a translated CT image: geometry, acquisition, contrast agent."""
-    copy_attributes(derived, source, KEPT)
-    for keyword in KEPT_OR_EMPTY:
-        setattr(derived, keyword, None)
-    copy_attributes(derived, source, KEPT_OR_EMPTY)
-    if source.get("ContrastBolusAgent") or source.get("ContrastBolusAgentSequence"):
-        copy_attributes(derived, source, CONTRAST)
+def copy_laterality(derived: Dataset, source: Dataset) -> None:
+    """Laterality is type 2C: empty only where nothing else may say the side (PS3.3 C.7.3.1)."""
     if source.get("Laterality") in ("L", "R"):
-        derived.Laterality = source.Laterality
-    elif not (
-        source.get("BodyPartExamined")
-        or source.get("AnatomicRegionSequence")
-        or source.get("ImageLaterality")
-    ):
-        derived.Laterality = None  # type 2C: only where nothing else may say the side
-    _copy_window(derived, source)
+        copy_attributes(derived, source, ["Laterality"])
+    elif not any(source.get(keyword) for keyword in SIDE[1:]):
+        derived.Laterality = None
+
+
+def copy_window(derived: Dataset, source: Dataset) -> None:
+    """The first window only: some viewers ignore all if there are several (PS3.3 C.11.2.1.2)."""
+    if any(keyword not in source or source[keyword].VM == 0 for keyword in WINDOW[:2]):
+        return
+    copy_attributes(derived, source, WINDOW)
+    for keyword in WINDOW[:3]:
+        if keyword in derived and derived[keyword].VM > 1:
+            derived[keyword].value = derived[keyword].value[0]
 
 
 def copy_item(item: Dataset) -> Dataset:
@@ -102,6 +160,23 @@ def copy_item(item: Dataset) -> Dataset:
         if not element.tag.is_private:
             copied.add(_clean(element))
     return copied
+
+
+def raw_values(source: Dataset, tags: Iterable[int]) -> list[Any]:
+    """Values as they came (bytes where nobody has looked yet), to be compared with others."""
+    return [source.get_item(tag).value if tag in source else None for tag in tags]
+
+
+def shallow_copy(template: Dataset) -> Dataset:
+    """A data set with elements of its own: setting one does not touch the template's.
+
+    Sequence items are shared.
+    """
+    return Dataset({tag: _own(template[tag]) for tag in template.keys()})  # noqa: SIM118
+
+
+def _own(element: DataElement) -> DataElement:
+    return DataElement(element.tag, element.VR, element.value, already_converted=True)
 
 
 def _clean(element: DataElement) -> DataElement:
@@ -115,14 +190,3 @@ def _clean(element: DataElement) -> DataElement:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _copy_window(derived: Dataset, source: Dataset) -> None:
-    """The first window only: some viewers ignore all if there are several (PS3.3 C.11.2.1.2)."""
-    keywords = ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation")
-    if any(keyword not in source or source[keyword].VM == 0 for keyword in keywords[:2]):
-        return
-    copy_attributes(derived, source, keywords)
-    for keyword in keywords:
-        if keyword in derived and derived[keyword].VM > 1:
-            derived[keyword].value = derived[keyword].value[0]

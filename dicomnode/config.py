@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydicom.datadict import tag_for_keyword
 
-from dicomnode import schema
+from dicomnode import credentials, schema, sop_classes
+from dicomnode.credentials import NodeTls, PeerTls
 from dicomnode.errors import ConfigError, NotYetError
 from dicomnode.schema import Builder, Check, setting
 
@@ -60,7 +61,7 @@ class NodeSection:
     reserve_free_gb: float = setting(
         5.0, "free space in GB below which C-STORE answers 0xA700", check=_between(0, 1e6)
     )
-    tls: Mapping[str, Any] | None = setting(None, "DICOM TLS: not yet")
+    tls: NodeTls | None = setting(None, "DICOM TLS; the node then listens with it, and only so")
     journal: str | None = setting(None, "a PostgreSQL URL: not yet; null keeps SQLite in data_dir")
 
 
@@ -80,10 +81,20 @@ class Peer:
     port: int | None = setting(None, "its port, when we send to it", check=_between(1, 65535))
     storage_commitment: bool = setting(False, "ask it to commit what we sent: not yet")
     max_associations: int = setting(2, "associations to it at a time", check=_between(1, 64))
-    tls: bool = setting(False, "DICOM TLS to this peer: not yet")
+    tls: bool | PeerTls = setting(False, "DICOM TLS to it; a mapping says how it differs from node")
     retry_for_hours: float = setting(
         72.0, "hours after which a delivery is parked", check=_NOT_NEGATIVE
     )
+    sop_classes: tuple[str, ...] = setting(
+        ("*",),
+        "what it may store: CT, MR, PT, keywords or UIDs of SOP classes; * is all",
+        check=sop_classes.problem_with,
+    )
+    max_incoming_associations: int = setting(
+        0, "associations from it at a time; 0: a fair share", check=_between(0, 10000)
+    )
+    max_instances_per_second: float = setting(0.0, "then slowed; 0: never", check=_NOT_NEGATIVE)
+    max_megabytes_per_second: float = setting(0.0, "then slowed; 0: never", check=_NOT_NEGATIVE)
     dicomweb: str | None = setting(None, "STOW-RS address instead of DIMSE: not yet")
     token: str | None = setting(None, "bearer token for dicomweb: not yet", secret=True)
 
@@ -263,8 +274,14 @@ def config_from_mapping(data: Any, folder: Path) -> NodeConfig:
         raise ConfigError("\n".join(builder.problems))
     if missing := _not_yet(config):
         raise NotYetError("\n".join(missing))
-    node = dataclasses.replace(config.node, data_dir=folder / config.node.data_dir)
-    return dataclasses.replace(config, node=node, models_dir=folder / config.models_dir)
+    tls, data_dir = credentials.in_folder(config.node.tls, folder), folder / config.node.data_dir
+    node = dataclasses.replace(config.node, data_dir=data_dir, tls=tls)
+    peers = {
+        name: dataclasses.replace(peer, tls=credentials.in_folder(peer.tls, folder))
+        for name, peer in config.peers.items()
+    }
+    models_dir = folder / config.models_dir
+    return dataclasses.replace(config, node=node, peers=peers, models_dir=models_dir)
 
 
 def json_schema() -> dict[str, Any]:
@@ -314,6 +331,8 @@ def _references(config: NodeConfig) -> list[str]:
                 problems.append(f"{where}.host: {error}")
     for index, route in enumerate(config.routes):
         problems += _route_problems(route, f"routes[{index}]", config)
+    calls = {name: (peer.tls, peer.host or "") for name, peer in config.peers.items() if peer.tls}
+    problems += credentials.problems(config.node.tls, calls)
     names = [route.name for route in config.routes]
     problems += [
         f"routes: two are named {n!r}" for n in sorted({n for n in names if names.count(n) > 1})
@@ -367,13 +386,11 @@ def _is_loopback(address: str) -> bool:
 def _not_yet(config: NodeConfig) -> list[str]:
     """Keys of the contract that later versions honour: refused, so that nobody relies on them."""
     later = {
-        "node.tls": config.node.tls is not None,
         "node.journal": config.node.journal is not None,
         "precision": config.precision in ("bf16", "int8"),
         "engine": config.engine != "local",
     }
     for name, peer in config.peers.items():
         later[f"peers.{name}.storage_commitment"] = peer.storage_commitment
-        later[f"peers.{name}.tls"] = peer.tls
         later[f"peers.{name}.dicomweb"] = peer.dicomweb is not None
     return [f"{key}: not yet in this version; remove it" for key, used in later.items() if used]

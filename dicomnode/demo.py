@@ -88,7 +88,7 @@ def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -
             _send(files, ports[0])
             _wait_for_result(config, series_uid, pacs, len(files))
             _say("The timeline of the series, as `dicomnode status` tells it:")
-            print(_status(config, series_uid))
+            print(_status(config, series_uid), flush=True)
         _say("the node has stopped")
     comparison = _compare(files, pacs.files, out)
     if dicom is None:
@@ -280,24 +280,29 @@ def _status(config: Path, *arguments: str) -> str:
 
 def _wait_for_result(config: Path, series_uid: str, pacs: _Pacs, sent: int) -> None:
     """Until the node has done with the series; the journal says so, through `dicomnode status`."""
-    _say("waiting: quiet time, translation, delivery ...")
     deadline = time.monotonic() + RESULT_SECONDS + sent
-    told, state = 0, ""
-    while time.monotonic() < deadline:
-        if len(pacs.files) > told:
-            told = len(pacs.files)
-            _say(f"the PACS has received {told} derived instances")
-        if told >= sent or not told:
-            state = _status(config, "--json", series_uid)
-            if _settled(json.loads(state)):
-                break
-        time.sleep(1.0)
-    else:
-        raise WorkerLost(f"no result after {RESULT_SECONDS + sent:.0f} s; {told} instances so far")
+    told = ""
+    while True:
+        series = json.loads(_status(config, "--json", series_uid))
+        if (words := _progress(series, len(pacs.files))) != told:
+            _say(words)
+            told = words
+        if _settled(series):
+            break
+        if time.monotonic() > deadline:
+            raise WorkerLost(f"no result after {RESULT_SECONDS + sent:.0f} s")
+        time.sleep(2.0)
     if not pacs.files:
         _say("the node sent nothing; `dicomnode status` says:")
-        print(_status(config, series_uid))
+        print(_status(config, series_uid), flush=True)
         raise DicomNodeError("no derived series; the timeline above says why")
+
+
+def _progress(series: dict[str, Any], received: int) -> str:
+    if series["open"]:
+        return "the node waits for more instances of the series ..."
+    jobs = ", ".join(f"route '{job['route']}': {job['state']}" for job in series["jobs"])
+    return f"{jobs or 'no route'}; the PACS has received {received} derived instances"
 
 
 def _settled(series: dict[str, Any]) -> bool:

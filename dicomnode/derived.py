@@ -1,4 +1,4 @@
-"""A translated volume as a new derived CT series with its provenance, slice for slice.
+"""A translated volume as a new derived series with its provenance, slice for slice.
 
 Same source, package, options and `now` give the same bytes.
 """
@@ -11,36 +11,46 @@ from typing import Any
 
 import highdicom
 import numpy as np
-from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
-
-from dicomnode.attributes import copy_attributes, copy_image_attributes, copy_patient_and_study
-from dicomnode.errors import ConfigError, SeriesRefused
-from dicomnode.imaging.marks import MANUFACTURER
-from dicomnode.imaging.pixels import (
-    SIGNED_16,
-    Encoding,
-    encode,
-    encoding_of,
-    is_lossy,
-    numbers_of,
-    pixel_digest,
-    stored_values,
-    without_loss,
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSNearLossless,
 )
+
+from dicomnode.attributes import (
+    CONTRAST,
+    SIDE,
+    WINDOW,
+    copy_attributes,
+    copy_laterality,
+    copy_tags,
+    copy_window,
+    raw_values,
+    shallow_copy,
+    tags_of,
+)
+from dicomnode.encodings import Storage, storage_for
+from dicomnode.errors import ConfigError
+from dicomnode.imaging.frames import frame_number
+from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID, reproducible_uid
+from dicomnode.imaging.pixels import is_lossy, numbers_of, pixel_digest, stored_values
 from dicomnode.imaging.volume import Volume
+from dicomnode.outputs import check_source, output_of
 from dicomnode.provenance import (
-    IMPLEMENTATION_CLASS_UID,
-    TASKS,
     Identity,
+    add_equipment,
     add_provenance,
-    add_references,
+    add_related_series,
+    add_source_image,
     coding_scheme,
     contributing_equipment,
     plain_text,
-    reproducible_uid,
-    software_versions,
 )
 
 __all__ = [
@@ -49,11 +59,19 @@ __all__ = [
     "derive_series",
     "derived_instance_uid",
     "derived_series_uid",
+    "slice_key",
     "source_digests",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every derived UID: goes up when the same input would give other attributes."""
+_LOSSY_METHOD = {  # PS3.3 C.7.6.1.1.5.1
+    JPEGBaseline8Bit: "ISO_10918_1",
+    JPEGExtended12Bit: "ISO_10918_1",
+    JPEGLSNearLossless: "ISO_14495_1",
+    JPEG2000: "ISO_15444_1",
+    HTJ2K: "ISO_15444_15",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,10 @@ class OutputOptions:
             text is cut so that the rest stays whole within 64 characters.
         content_qualification: RESEARCH, PRODUCT or SERVICE (PS3.3 C.12.1.1.8); a source that is
             RESEARCH or SERVICE keeps its own.
+        generation: how often this very result was retracted before. A late slice needs none: the
+            set of source slices is in the UIDs. But an archive that was told to reject a series
+            "shall not accept subsequent occurrence" of its UIDs (IHE RAD IOCM), so the same
+            images translated again after a retraction must have others.
 
     Raises:
         ConfigError: a value cannot be used; the message starts with the name of the option.
@@ -74,6 +96,7 @@ class OutputOptions:
     series_number: str | int = "+1000"
     description: str = "{source} [SYN {model}]"
     content_qualification: str = "RESEARCH"
+    generation: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\+[0-9]{1,9}|[1-9][0-9]{0,8}", str(self.series_number)):
@@ -87,32 +110,46 @@ class OutputOptions:
             raise ConfigError("content_qualification: give RESEARCH, PRODUCT or SERVICE")
 
 
+def slice_key(dataset: Dataset) -> str:
+    """What names one source slice: its SOP Instance UID, and ``#frame`` where it is a frame."""
+    frame = frame_number(dataset)
+    return str(dataset.SOPInstanceUID) + ("" if frame is None else f"#{frame}")
+
+
 def source_digests(datasets: Iterable[Dataset]) -> dict[str, str]:
-    """SOP Instance UID -> sha256 (hex) of the decoded stored pixel values.
+    """`slice_key` -> sha256 (hex) of the decoded stored pixel values.
 
     Raises:
         SeriesRefused: UNDECODABLE.
     """
-    return {str(ds.SOPInstanceUID): pixel_digest(stored_values(ds)) for ds in datasets}
+    return {slice_key(ds): pixel_digest(stored_values(ds)) for ds in datasets}
 
 
 def derived_series_uid(
     digests: Mapping[str, str], package_digest: str, options: OutputOptions
 ) -> str:
-    """Series Instance UID of what a package and options make of these source instances.
+    """Series Instance UID of what a package and options make of these source slices.
 
     Args:
         digests: as from `source_digests`, in any order.
     """
     chosen = [str(options.series_number), options.description, options.content_qualification]
     return reproducible_uid(
-        "series", SCHEMA_VERSION, sorted(digests.items()), package_digest, chosen
+        "series",
+        SCHEMA_VERSION,
+        sorted(digests.items()),
+        package_digest,
+        [*chosen, options.generation],
     )
 
 
-def derived_instance_uid(series_uid: str, source_sop_instance_uid: str) -> str:
-    """SOP Instance UID of one source instance's derivative in a derived series."""
-    return reproducible_uid("instance", series_uid, source_sop_instance_uid)
+def derived_instance_uid(series_uid: str, source_slice: str) -> str:
+    """SOP Instance UID of one source slice's derivative in a derived series.
+
+    Args:
+        source_slice: as from `slice_key`.
+    """
+    return reproducible_uid("instance", series_uid, source_slice)
 
 
 def derive_series(
@@ -122,31 +159,35 @@ def derive_series(
     identity: Identity,
     options: OutputOptions,
     now: datetime,
+    *,
+    use_template: bool = True,
 ) -> Iterator[Dataset]:
-    """Derived instances, one per source instance, in slice order, ready to be written.
+    """Derived instances, one per source slice, in slice order, ready to be written.
 
-    Values are stored as the source stores them if they fit, else the whole series as signed 16-bit
-    HU; either way within half a rescale quantum. Padding stays where and what it was.
+    What they are is said by `identity.task` (outputs.py), how values are stored by encodings.py:
+    within half a rescale quantum of the prediction; padding stays where it was.
 
     Args:
-        prediction: (slices, rows, columns), float32, HU, on the grid of `source`.
+        prediction: (slices, rows, columns), float32, in the unit of the output type, on the grid
+            of `source`.
         source: the volume that was made of `datasets`.
-        datasets: source instances in slice order, as `volume_from_datasets` returns them.
+        datasets: source slices in slice order, as `volume_from_datasets` returns them.
         now: aware; written as the time of derivation, in the time zone of the source if it has one.
+        use_template: build what slices share once. False: anew for each, which gives the same
+            bytes and takes longer; there to be compared with.
 
     Raises:
-        SeriesRefused: TASK_NOT_YET, OUTPUT_NOT_FINITE, OUTPUT_OUT_OF_RANGE.
+        SeriesRefused: see `check_source` and `storage_for`.
         ValueError: prediction, source and datasets do not belong together, or `now` is naive.
     """
+    output = output_of(identity.task)
+    check_source(datasets, identity.task, accept_synthetic=True)
     _check_arguments(prediction, source, datasets, now)
-    if identity.task not in TASKS:
-        raise SeriesRefused("TASK_NOT_YET", f"task {identity.task}", "use a denoise package")
-    encodings = _output_encodings(prediction, source, datasets)
-    series = _Series(datasets, source.digests, identity, options, now)
-    return (
-        series.instance(index, encoding, _plane(index, encoding, prediction, source))
-        for index, encoding in enumerate(encodings)
-    )
+    if prediction.unit not in output.units:
+        raise ValueError(f"{identity.task} gives {output.units}, not {prediction.unit}")
+    storage = storage_for(output.stored, prediction, source, datasets)
+    series = _Series(datasets, source.digests, storage, identity, options, now)
+    return (series.instance(index, use_template) for index in range(len(datasets)))
 
 
 def _check_arguments(
@@ -154,53 +195,11 @@ def _check_arguments(
 ) -> None:
     if now.tzinfo is None:
         raise ValueError("now: give a time with its zone")
-    if prediction.unit != "HU" or source.unit != "HU":
-        raise ValueError(f"prediction in {prediction.unit}, source in {source.unit}: only HU")
     if prediction.voxels.shape != source.voxels.shape or len(datasets) != len(source.voxels):
         raise ValueError("prediction, source and datasets do not have the same slices")
     here = [numbers_of(dataset, "ImagePositionPatient", 3, "NO_GEOMETRY") for dataset in datasets]
     if not np.array_equal(here, source.positions):
         raise ValueError("datasets are not in the slice order of source")
-    if not np.isfinite(prediction.voxels).all():
-        raise SeriesRefused(
-            "OUTPUT_NOT_FINITE", "the model gave NaN or infinity", "check the model"
-        )
-
-
-def _native(volume: Volume, index: int) -> NDArray[np.bool_] | bool:
-    return True if volume.padding is None else ~volume.padding[index]
-
-
-def _output_encodings(
-    prediction: Volume, source: Volume, datasets: Sequence[Dataset]
-) -> list[Encoding]:
-    """Each slice's own encoding if all fit, else signed 16 bit for all; never a mixture."""
-    own = [encoding_of(dataset) for dataset in datasets]
-    planes = list(enumerate(prediction.voxels))
-    if all(without_loss(own[i], plane, _native(source, i)) for i, plane in planes):
-        return own
-    whole = [_whole_hu(encoding) for encoding in own]
-    if not all(without_loss(whole[i], plane, _native(source, i)) for i, plane in planes):
-        raise SeriesRefused("OUTPUT_OUT_OF_RANGE", "values beyond 16 bits", "check the model")
-    return whole
-
-
-def _whole_hu(own: Encoding) -> Encoding:
-    """Signed 16-bit HU, with a padding value where the source has one."""
-    if own.padding is None:
-        return SIGNED_16
-    low, high = SIGNED_16.limits
-    padding = round(min(max(own.padding[0] * own.slope + own.intercept, low), high))
-    return Encoding(16, True, 1.0, 0.0, (padding, padding))
-
-
-def _plane(index: int, encoding: Encoding, prediction: Volume, source: Volume) -> NDArray[Any]:
-    """Stored values of one slice; padded voxels as the source has them."""
-    mask = None if source.padding is None else source.padding[index]
-    padded: NDArray[Any] | int = encoding.to_stored(source.voxels[index])
-    if encoding.padding is not None and encoding.padding[0] == encoding.padding[1]:
-        padded = encoding.padding[0]
-    return encode(encoding, prediction.voxels[index], mask, padded)
 
 
 class _Series:
@@ -210,16 +209,19 @@ class _Series:
         self,
         datasets: Sequence[Dataset],
         digests: Sequence[str],
+        storage: Storage,
         identity: Identity,
         options: OutputOptions,
         now: datetime,
     ) -> None:
         first = datasets[0]
         self.datasets = datasets
+        self.storage = storage
         self.identity = identity
-        uids = [str(dataset.SOPInstanceUID) for dataset in datasets]
-        by_uid = dict(zip(uids, digests, strict=True)) if digests else source_digests(datasets)
-        self.uid = derived_series_uid(by_uid, identity.digest, options)
+        self.output = output_of(identity.task)
+        self.keys = [slice_key(dataset) for dataset in datasets]
+        by_key = dict(zip(self.keys, digests, strict=True)) if digests else source_digests(datasets)
+        self.uid = derived_series_uid(by_key, identity.digest, options)
         self.number = _series_number(first.get("SeriesNumber"), options.series_number)
         self.description = _series_description(first, identity, options)
         self.qualification = first.get("ContentQualification") or options.content_qualification
@@ -229,25 +231,66 @@ class _Series:
         self.numbers = _instance_numbers(datasets)
         self.equipment = contributing_equipment(datasets, identity, self.now)
         self.frame_uid = reproducible_uid("frame", str(first.SeriesInstanceUID))
+        self.slice_tags = self.output.slice_tags
+        self.shared_tags = self.output.shared_tags
+        self.deciding_tags = (*self.shared_tags, *tags_of((*WINDOW, *SIDE, "FrameOfReferenceUID")))
+        self._header: list[Any] = []
+        self._template = Dataset()
 
-    def instance(self, index: int, encoding: Encoding, stored: NDArray[Any]) -> Dataset:
-        """One derived instance; `stored` is (rows, columns), int16 or uint16."""
+    def instance(self, index: int, use_template: bool) -> Dataset:
+        """One derived instance."""
         source = self.datasets[index]
-        derived = self._identification(source, self.numbers[index])
-        copy_patient_and_study(derived, source)
-        copy_image_attributes(derived, source)
-        add_provenance(derived, self.identity)
-        add_references(derived, source)
-        derived.add_new("ContributingEquipmentSequence", "SQ", self.equipment)
-        derived.FrameOfReferenceUID = source.get("FrameOfReferenceUID") or self.frame_uid
+        derived = self._copy_of_template(source) if use_template else self._shared(source)
+        derived.SOPInstanceUID = derived_instance_uid(self.uid, self.keys[index])
+        derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
+        derived.InstanceNumber = self.numbers[index]
+        copy_tags(derived, source, self.slice_tags)
+        if self.output.source == "PT":
+            derived.ImageIndex = index + 1
+        if self.output.keeps_contrast and _has_contrast(source):
+            copy_attributes(derived, source, CONTRAST)
+        add_source_image(derived, source)
         if is_lossy(source):
-            derived.LossyImageCompression = "01"
-        _add_pixels(derived, source, encoding, stored)
-        copy_attributes(derived, source, ["SpecificCharacterSet"])
+            _add_loss(derived, source)
+        self.storage.describe(derived, source, index)
         return derived
 
-    def _identification(self, source: Dataset, number: int) -> highdicom.SOPClass:
-        """The instance's own identifiers, equipment and times.
+    def _copy_of_template(self, source: Dataset) -> Dataset:
+        """What `_shared` gives; built only where the tags that decide it are not the last ones."""
+        header = [_syntax(source), *raw_values(source, self.deciding_tags)]
+        if header != self._header:
+            self._header, self._template = header, self._shared(source)
+        derived = shallow_copy(self._template)
+        derived.preamble = self._template.preamble
+        derived.file_meta = FileMetaDataset()
+        derived.file_meta.update(self._template.file_meta)
+        return derived
+
+    def _shared(self, source: Dataset) -> Dataset:
+        """Identification, provenance, patient, study, equipment: by `deciding_tags` of `source`."""
+        derived = self._identification(source)
+        for keyword in self.output.type_2:
+            setattr(derived, keyword, None)
+        copy_tags(derived, source, self.shared_tags)
+        copy_laterality(derived, source)
+        if self.storage.window is None:
+            copy_window(derived, source)
+        derived.FrameOfReferenceUID = source.get("FrameOfReferenceUID") or self.frame_uid
+        add_provenance(derived, self.identity)
+        add_related_series(derived, source)
+        derived.add_new("ContributingEquipmentSequence", "SQ", self.equipment)
+        derived.SamplesPerPixel, derived.PhotometricInterpretation = 1, "MONOCHROME2"
+        derived.BitsAllocated = 16
+        for keyword, value in self.output.constants.items():
+            setattr(derived, keyword, value)
+        if self.output.source == "PT":
+            derived.NumberOfSlices = len(self.datasets)
+            if derived.PatientOrientationCodeSequence:
+                derived.pop("PatientPosition", None)  # one of the two says it (PS3.3 C.7.3.1)
+        return derived
+
+    def _identification(self, source: Dataset) -> highdicom.SOPClass:
+        """The series' own identifiers, equipment and times.
 
         No patient attribute passes through highdicom's constructor, which logs what it dislikes.
         """
@@ -255,25 +298,42 @@ class _Series:
             study_instance_uid=source.StudyInstanceUID,
             series_instance_uid=self.uid,
             series_number=self.number,
-            sop_instance_uid=derived_instance_uid(self.uid, str(source.SOPInstanceUID)),
-            sop_class_uid=CTImageStorage,
-            instance_number=number,
-            modality="CT",
-            manufacturer=MANUFACTURER,
-            manufacturer_model_name=plain_text(self.identity.name, 64),
+            sop_instance_uid=self.uid,  # replaced by that of each instance
+            sop_class_uid=self.output.sop_class,
+            instance_number=1,
+            modality=self.output.modality,
+            manufacturer=None,
             transfer_syntax_uid=ExplicitVRLittleEndian,
             content_qualification=self.qualification,
             coding_schemes=[coding_scheme()],
         )
-        derived.add_new("SoftwareVersions", "LO", software_versions(self.identity))
         derived.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
         derived.file_meta.ImplementationVersionName = "DICOMNODE"
-        derived.InstanceCreatorUID = IMPLEMENTATION_CLASS_UID
+        add_equipment(derived, self.identity)
         derived.SeriesDescription = self.description
         for kind in ("InstanceCreation", "Series", "Content"):
             setattr(derived, f"{kind}Date", f"{self.now:%Y%m%d}")
             setattr(derived, f"{kind}Time", f"{self.now:%H%M%S.%f}")
         return derived
+
+
+def _syntax(dataset: Dataset) -> UID:
+    return UID(dataset.file_meta.TransferSyntaxUID)
+
+
+def _has_contrast(source: Dataset) -> bool:
+    return bool(source.get("ContrastBolusAgent") or source.get("ContrastBolusAgentSequence"))
+
+
+def _add_loss(derived: Dataset, source: Dataset) -> None:
+    """That pixels went through lossy compression, once and for all (PS3.3 C.7.6.1.1.5)."""
+    derived.LossyImageCompression = "01"
+    syntax = _syntax(source)
+    if not derived.get("LossyImageCompressionMethod") and syntax in _LOSSY_METHOD:
+        derived.LossyImageCompressionMethod = _LOSSY_METHOD[syntax]
+    if not derived.get("LossyImageCompressionRatio") and syntax.is_encapsulated:
+        ratio = 2 * source.Rows * source.Columns / len(source.PixelData)
+        derived.LossyImageCompressionRatio = f"{ratio:.2f}"
 
 
 def _series_number(source: Any, rule: str | int) -> int:
@@ -316,28 +376,3 @@ def _zone_of(dataset: Dataset) -> timezone | None:
         return None
     offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
     return timezone(-offset if found[1] == "-" else offset)
-
-
-def _add_pixels(
-    derived: Dataset, source: Dataset, encoding: Encoding, stored: NDArray[Any]
-) -> None:
-    """Image Pixel and the rescale to HU, which is implied for ORIGINAL images only."""
-    derived.SamplesPerPixel = 1
-    derived.Rows, derived.Columns = stored.shape
-    derived.BitsAllocated = 16
-    derived.BitsStored, derived.HighBit = encoding.bits_stored, encoding.bits_stored - 1
-    derived.PixelRepresentation = int(encoding.signed)
-    vr = "SS" if encoding.signed else "US"
-    if encoding.padding is not None:
-        first, last = encoding.padding
-        derived.add_new("PixelPaddingValue", vr, first)
-        if first != last:
-            derived.add_new("PixelPaddingRangeLimit", vr, last)
-    derived.add_new("SmallestImagePixelValue", vr, int(stored.min()))
-    derived.add_new("LargestImagePixelValue", vr, int(stored.max()))
-    if (encoding.slope, encoding.intercept) == (1.0, 0.0):
-        derived.RescaleSlope, derived.RescaleIntercept = "1", "0"
-    else:
-        copy_attributes(derived, source, ("RescaleSlope", "RescaleIntercept"))
-    derived.RescaleType = "HU"
-    derived.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder("<")).tobytes())

@@ -6,7 +6,7 @@ Every change is one transaction (see `tables.Database`); what follows a complete
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -32,6 +32,7 @@ class Arrival:
     called_ae: str
     association: int | None
     plane: Mapping[str, Any] | None
+    expected: Mapping[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,12 @@ class Journal:
                 .values(ended=now, how="lost")
             )
 
+    def interrupt(self, series_uid: str) -> None:
+        """Note that this node stopped while a sender was busy with the series."""
+        mine = t.series.c.series_uid == series_uid
+        with self._db.write() as db:
+            db.execute(t.series.update().where(mine, t.series.c.open).values(interrupted=True))
+
     # instances
 
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:
@@ -119,6 +126,7 @@ class Journal:
             "received": now,
             "association": arrival.association,
             "plane": None if arrival.plane is None else json.dumps(arrival.plane),
+            "expected": json.dumps(arrival.expected) if arrival.expected else None,
             "purged": False,
         }
 
@@ -190,14 +198,16 @@ class Journal:
         query = select(i.sop_instance_uid).where(i.series_uid == series_uid)
         return [uid for (uid,) in self._db.read(query.order_by(i.sop_instance_uid))]
 
-    def stored_uids(self) -> set[str]:
-        """SOP Instance UIDs of all rows, purged ones too."""
-        return {uid for (uid,) in self._db.read(select(t.instances.c.sop_instance_uid))}
-
     def planes(self, series_uid: str) -> list[dict[str, Any] | None]:
         """What each instance's header said of its image plane, as recorded on arrival."""
         query = select(t.instances.c.plane).where(t.instances.c.series_uid == series_uid)
         return [None if plane is None else json.loads(plane) for (plane,) in self._db.read(query)]
+
+    def announcements(self, series_uid: str) -> dict[str, dict[str, int | str]]:
+        """What each instance, by SOP Instance UID, says of the size of its series."""
+        i = t.instances.c
+        query = select(i.sop_instance_uid, i.expected).where(i.series_uid == series_uid)
+        return {uid: json.loads(said) if said else {} for uid, said in self._db.read(query)}
 
     def open_series(self) -> list[OpenSeries]:
         s = t.series.c

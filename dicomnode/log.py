@@ -13,6 +13,8 @@ def configure(level: str = "INFO") -> None:
     # pynetdicom logs identifiers (patient attributes) at INFO, pydicom values in warnings
     for library in ("pynetdicom", "highdicom"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    if level != "INFO":  # a command says in one line of its own that a peer did not answer
+        logging.getLogger("pynetdicom.transport").setLevel(logging.CRITICAL)
     logging.getLogger("pydicom").setLevel(logging.ERROR)
     # their Python warnings go to standard error past the loggers: "Invalid value for VR DA: '...'"
     for library in ("pydicom", "pynetdicom", "highdicom"):

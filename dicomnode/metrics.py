@@ -30,3 +30,12 @@ instances_delivered = Counter(
 )
 workers_lost = Counter("dicomnode_workers_lost_total", "Worker processes that died")
 free_bytes = Gauge("dicomnode_data_free_bytes", "Free space where data_dir lies")
+tls_refused = Counter(
+    "dicomnode_tls_refused_total", "Connections refused in the TLS handshake, by reason", ["reason"]
+)
+tls_reloads = Counter(
+    "dicomnode_tls_reloads_total", "Changed certificate files, by what was done", ["outcome"]
+)
+tls_certificate_expires = Gauge(
+    "dicomnode_tls_certificate_expires_timestamp_seconds", "When our certificate expires"
+)

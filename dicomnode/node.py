@@ -19,18 +19,21 @@ from datetime import UTC, datetime
 from typing import IO
 
 from dicomnode import __version__, metrics
+from dicomnode.commitment import Commitments
 from dicomnode.config import NodeConfig
 from dicomnode.errors import ConfigError, PackageError, WorkerLost
+from dicomnode.expected import Expected, expected_count
 from dicomnode.history import History
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.package import ModelPackage, read_package
 from dicomnode.jobs import Job, Jobs
 from dicomnode.journal import Journal, OpenSeries
 from dicomnode.lifecycle import Event
+from dicomnode.mpps import PerformedSteps
 from dicomnode.outbox import Outbox
 from dicomnode.retention import purge
 from dicomnode.routing import decide, keywords_of
-from dicomnode.scp import StorageScp, adopt_orphan
+from dicomnode.scp import LibraryService, StorageScp, adopt
 from dicomnode.series import Carriers, common_header, judge, missing_slices, read_headers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
@@ -69,13 +72,17 @@ class Node:
         self._journal, self._jobs = Journal(self._database), Jobs(self._database)
         self._history = History(self._database)
         self._carriers = Carriers()
-        self._scp = StorageScp(config, self._spool, self._journal, self._carriers)
+        self._steps = PerformedSteps(self._database)
+        self._commitments = Commitments(config, self._database, self._spool, self._caller)
+        services: tuple[LibraryService, ...] = (self._commitments, self._steps)
+        self._scp = StorageScp(config, self._spool, self._journal, self._carriers, services)
         self._outbox = Outbox(config, self._spool, self._jobs)
         pages = Pages(self._history, self.reasons_not_ready, self._refresh, config.http.token)
         self._web = WebServer(config.http.bind, config.http.port, pages)
         self._worker: Worker | None = None
         self._worker_state = "the models are not loaded yet"
         self._missing: dict[str, tuple[float, int]] = {}
+        self._said: dict[str, tuple[float, frozenset[str], Expected | None]] = {}
         self._started = time.time()
         self._stop = threading.Event()
         self._queued, self._due = threading.Event(), threading.Event()
@@ -90,7 +97,15 @@ class Node:
         self._recover()
         self._started = time.time()
         self._web.start()
-        for step in (self.complete_series, self.translate_next, self.deliver_due, self.keep_house):
+        steps = (
+            self.complete_series,
+            self.translate_next,
+            self.deliver_due,
+            self.commit_storage,
+            self.resolve_names,
+            self.keep_house,
+        )
+        for step in steps:
             thread = threading.Thread(target=self._repeat, args=(step,), name=step.__name__)
             thread.start()
             self._threads.append(thread)
@@ -109,6 +124,7 @@ class Node:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._outbox.stop(max(1.0, deadline - time.monotonic()))
+        self._commitments.stop(1.0)
         if self._worker is not None:
             self._worker.stop(0.5)  # a translation that still runs is repeated after the start
         for thread in self._threads:
@@ -133,7 +149,10 @@ class Node:
         """Close every open series that is complete, and queue a job for each route it takes."""
         open_series = self._journal.open_series()
         for series in open_series:
-            self._judge(series)
+            try:
+                self._judge(series)
+            except Exception:  # one series that breaks must not hold up the others
+                log.exception("series %s could not be judged", series.series_uid)
         self._stop.wait(_TICK_SECONDS if open_series else 2 * _TICK_SECONDS)
 
     def _judge(self, series: OpenSeries) -> None:
@@ -145,6 +164,7 @@ class Node:
             self._config.series,
             now,
             self._started,
+            lambda released: self._announced(series, released),
         )
         if not verdict.complete:
             return
@@ -160,6 +180,7 @@ class Node:
             self._queued.set()
             self._carriers.forget(series.series_uid)
             self._missing.pop(series.series_uid, None)
+            self._said.pop(series.series_uid, None)
             metrics.series_completed.labels(verdict.kind).inc()
             log.info("series %s %s; %s", series.series_uid, notes[0], outcome)
 
@@ -170,6 +191,21 @@ class Node:
             missing = missing_slices(self._journal.planes(series.series_uid))
             seen = self._missing[series.series_uid] = (series.last_received, missing)
         return seen[1]
+
+    def _announced(self, series: OpenSeries, released: bool) -> str | None:
+        """Who says that all instances of the series are here; None: nobody does."""
+        seen = self._said.get(series.series_uid)
+        if seen is None or seen[0] != series.last_received:
+            said = self._journal.announcements(series.series_uid)
+            seen = (series.last_received, frozenset(said), expected_count(said.values()))
+            self._said[series.series_uid] = seen
+        _, here, count = seen
+        performed = self._steps.expected(series.series_uid)
+        if performed is not None and performed <= here:
+            return "MPPS completed"
+        if count is not None and len(here) == count.count and (count.alone or released):
+            return count.keyword
+        return None
 
     def _route(self, series: OpenSeries) -> tuple[list[tuple[str, str]], str, list[str]]:
         """The (route, priority) pairs a series takes, the outcome in words, every decision."""
@@ -291,6 +327,19 @@ class Node:
         self._due.wait(_TICK_SECONDS if self._outbox.busy else _IDLE_SECONDS)
         self._due.clear()
 
+    def commit_storage(self) -> None:
+        """Check what peers asked us to commit, and report what was found."""
+        self._commitments.step(time.time())
+        self._commitments.pause(_IDLE_SECONDS)
+
+    def resolve_names(self) -> None:
+        """Look the names of peers up, so that nobody waits for it at the door."""
+        self._scp.access.refresh()
+        self._stop.wait(_HOUSEKEEPING_SECONDS)
+
+    def _caller(self, calling_ae: str, host: str) -> str | None:
+        return self._scp.access.caller(calling_ae, host)
+
     def keep_house(self) -> None:
         purge(self._database, self._spool, self._config.retention, time.time())
         self._stop.wait(_HOUSEKEEPING_SECONDS)
@@ -305,6 +354,7 @@ class Node:
             gauge.clear()
             for state, number in counts[name].items():
                 gauge.labels(state).set(number)
+        metrics.associations_open.set(self._scp.associations)
         metrics.free_bytes.set(self._spool.free_bytes())
 
     def _recover(self) -> None:
@@ -313,10 +363,10 @@ class Node:
         now = time.time()
         self._journal.recover(now)
         self._jobs.recover(now)
-        known = self._journal.stored_uids()
-        for _, sop_instance_uid, path in self._spool.stored():
-            if sop_instance_uid not in known and adopt_orphan(path, self._journal, now):
-                log.info("adopted %s: stored before the stop, not journalled", sop_instance_uid)
+        for part, kept in self._spool.leftovers():
+            if kept and adopt(part, self._journal, now):
+                log.info("adopted an instance that was stored but not journalled at the stop")
+            part.unlink()
 
     def _repeat(self, step: Callable[[], None]) -> None:
         while not self._stop.is_set():

@@ -19,7 +19,7 @@ from dicomnode.child import Child
 from dicomnode.config import NodeConfig
 from dicomnode.errors import DeliveryError, DeliveryRefused, JournalError, WorkerLost
 from dicomnode.jobs import DueDelivery, Jobs
-from dicomnode.scu import Address, send_instances
+from dicomnode.scu import Address, address_of, send_instances
 from dicomnode.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,11 @@ class Outbox:
                 if delivery.id in self._under_way:
                     continue
             peer = self._config.peers.get(delivery.destination)
-            if peer is None or peer.host is None or peer.port is None:
+            address = address_of(delivery.destination, peer, self._config) if peer else None
+            if peer is None or address is None:
                 detail = f"peers.{delivery.destination} is no longer in the configuration"
                 self._jobs.park(delivery, detail, now)
             elif running[delivery.destination] < peer.max_associations:
-                calling = self._config.node.ae_title
-                address = Address(peer.host, peer.port, peer.ae_title, calling)
                 self._start(delivery, address)
 
     def _start(self, delivery: DueDelivery, address: Address) -> None:

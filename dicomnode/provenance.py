@@ -1,11 +1,10 @@
 """Who and what made a derived instance: its model, its node, its source (PS3.3 C.12.1, C.12.4)."""
 
-import json
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import highdicom
@@ -15,10 +14,9 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from dicomnode.attributes import copy_attributes, copy_item
-from dicomnode.imaging.marks import MANUFACTURER
-
-NAMESPACE = uuid.UUID("099c1bbe-392e-4940-ad37-fcdfe9374a78")
-"""Of every UID of this project, by UUIDv5."""
+from dicomnode.imaging.frames import frame_number
+from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID, MANUFACTURER, reproducible_uid
+from dicomnode.outputs import output_of
 
 _DESIGNATOR = "99DICOMNODE"
 _SCANNER = (
@@ -33,41 +31,13 @@ _SCANNER = (
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a model does, in the words of a derived CT instance.
-
-    Attributes:
-        code: value 5 of ImageType, and the CodeValue of DerivationCodeSequence.
-        meaning: its CodeMeaning; PS3.16 CID 7203 has no code for images made by a network.
-    """
-
-    code: str
-    meaning: str
-
-
-TASKS = {
-    "denoise": Task("DENOISE", "Denoised by a trained model"),
-    "identity": Task("IDENTITY", "Passed through a model that changes nothing"),
-    "affine": Task("AFFINE", "Pixel values scaled and shifted"),
-}
-
-
-def reproducible_uid(*parts: object) -> str:
-    """A reproducible UID: 2.25 and the UUIDv5 of the parts as canonical JSON (PS3.5 B.2)."""
-    text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return f"2.25.{uuid.uuid5(NAMESPACE, text).int}"
-
-
-IMPLEMENTATION_CLASS_UID = reproducible_uid("implementation", MANUFACTURER)
-
-
-@dataclass(frozen=True, slots=True)
 class Identity:
     """Who derives: a model package run by a node. Texts as in the manifest.
 
     Attributes:
         digest: sha256 (hex) of the package's SHA256SUMS.
         precision: number format and kind of device, for example "fp32 cpu".
+        params: of the model's task, for example "early=60min delayed=120min"; empty: none.
     """
 
     name: str
@@ -80,6 +50,7 @@ class Identity:
     algorithm_version: str
     node_version: str
     precision: str
+    params: str = ""
 
 
 def coding_scheme() -> CodingSchemeIdentificationItem:
@@ -89,33 +60,38 @@ def coding_scheme() -> CodingSchemeIdentificationItem:
     )
 
 
+def add_equipment(derived: Dataset, identity: Identity) -> None:
+    """The software as General Equipment (PS3.3 C.7.5.1): the scanner is a contributor.
+
+    The device is the model package run by dicomnode, wherever that is: its serial number and UID
+    are of the package digest, so that every host of a cluster writes the same bytes.
+    """
+    derived.Manufacturer = MANUFACTURER
+    derived.ManufacturerModelName = plain_text(identity.name, 64)
+    derived.DeviceSerialNumber = identity.digest[:16]
+    derived.DeviceUID = reproducible_uid("device", identity.digest)
+    derived.StationName = "DICOMNODE"
+    derived.add_new("SoftwareVersions", "LO", software_versions(identity))
+    derived.InstanceCreatorUID = IMPLEMENTATION_CLASS_UID
+
+
 def add_provenance(derived: Dataset, identity: Identity) -> None:
     """That this image is synthetic, and how it was derived (PS3.3 C.7.6.1, C.12.4)."""
-    task = TASKS[identity.task]
+    output = output_of(identity.task)
     derived.SyntheticData = "YES"
-    derived.ImageType = ["DERIVED", "SECONDARY", "AXIAL", "SYNTHETIC", task.code]
+    derived.ImageType = [*output.image_type, "SYNTHETIC", output.code]
     derived.ImageComments = (
-        f"SYNTHETIC IMAGE, NOT ACQUIRED. {task.meaning}: {_model(identity)}. "
+        f"SYNTHETIC IMAGE, NOT ACQUIRED. {output.meaning}: {_model(identity)}. "
         "Not for diagnosis on its own."
     )
     derived.DerivationDescription = _derivation(identity)
     derived.DerivationCodeSequence = [
-        highdicom.sr.CodedConcept(task.code, _DESIGNATOR, task.meaning)
+        highdicom.sr.CodedConcept(output.code, _DESIGNATOR, output.meaning)
     ]
 
 
-def add_references(derived: Dataset, source: Dataset) -> None:
-    """The source image and series, each with the purpose of the reference."""
-    derived.SourceImageSequence = [_reference(source)]
-    image = derived.SourceImageSequence[0]
-    image.SpatialLocationsPreserved = "YES"
-    image.PurposeOfReferenceCodeSequence = _purpose(
-        codes.DCM.SourceImageForImageProcessingOperation
-    )
-    series = Dataset()
-    series.SeriesInstanceUID = source.SeriesInstanceUID
-    series.ReferencedInstanceSequence = [_reference(source)]
-    derived.ReferencedSeriesSequence = [series]
+def add_related_series(derived: Dataset, source: Dataset) -> None:
+    """The source series, with the purpose of the reference (PS3.3 C.7.3.1)."""
     related = Dataset()
     related.StudyInstanceUID = source.StudyInstanceUID
     related.SeriesInstanceUID = source.SeriesInstanceUID
@@ -125,21 +101,43 @@ def add_references(derived: Dataset, source: Dataset) -> None:
     derived.RelatedSeriesSequence = [related]
 
 
+def add_source_image(derived: Dataset, source: Dataset) -> None:
+    """The source image, or frame, at the same place (PS3.3 C.12.4, C.12.2)."""
+    image, listed = _reference(source), _reference(source)
+    image.SpatialLocationsPreserved = "YES"
+    image.PurposeOfReferenceCodeSequence = _purpose(
+        codes.DCM.SourceImageForImageProcessingOperation
+    )
+    derived.SourceImageSequence = [image]
+    series = Dataset()
+    series.SeriesInstanceUID = source.SeriesInstanceUID
+    series.ReferencedInstanceSequence = [listed]
+    derived.ReferencedSeriesSequence = [series]
+
+
 def _reference(source: Dataset) -> Dataset:
     item = Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID
     item.ReferencedSOPInstanceUID = source.SOPInstanceUID
+    frame = frame_number(source)
+    if frame is not None:
+        item.ReferencedFrameNumber = frame
     return item
 
 
+@cache
+def _concept(code: Code) -> highdicom.sr.CodedConcept:
+    return highdicom.sr.CodedConcept.from_code(code)
+
+
 def _purpose(code: Code) -> list[Dataset]:
-    return [highdicom.sr.CodedConcept.from_code(code)]
+    return [_concept(code)]
 
 
 def contributing_equipment(
     datasets: Sequence[Dataset], identity: Identity, now: datetime
 ) -> list[Dataset]:
-    """The source's own contributors, the device that made the source, and this node."""
+    """The source's own contributors, the device that made the source, this node, its library."""
     first = datasets[0]
     before = first.get("ContributingEquipmentSequence") or []
     listed = [
@@ -164,7 +162,15 @@ def contributing_equipment(
         contribution_datetime=f"{now:%Y%m%d%H%M%S.%f%z}",
         contribution_description=_derivation(identity),
     )
-    return [*(copy_item(item) for item in before), scanner, node]
+    library = highdicom.ContributingEquipment(
+        "Highdicom open-source contributors",
+        codes.DCM.ProcessingEquipment,
+        manufacturer_model_name="highdicom",
+        software_versions=[highdicom.__version__],
+        contribution_datetime=f"{now:%Y%m%d%H%M%S.%f%z}",
+        contribution_description="Software library that composed the instance",
+    )
+    return [*(copy_item(item) for item in before), scanner, node, library]
 
 
 def _earliest_acquisition(datasets: Sequence[Dataset]) -> str | None:
@@ -195,15 +201,17 @@ def _derivation(identity: Identity) -> str:
         "model": identity.name,
         "version": identity.version,
         "arch": identity.architecture,
-        "package sha256": identity.digest,
+        "sha256": identity.digest,
         "algorithm": identity.algorithm_name,
         "family": identity.algorithm_family,
         "algorithm version": identity.algorithm_version,
+        "params": identity.params,
         "run as": identity.precision,
         "software": f"dicomnode {identity.node_version}",
     }
     return (
-        "; ".join(f"{key}={plain_text(part, 80)}" for key, part in parts.items()) + "; not acquired"
+        "; ".join(f"{key}={plain_text(part, 80)}" for key, part in parts.items() if part)
+        + "; not acquired"
     )
 
 

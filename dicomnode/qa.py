@@ -1,5 +1,6 @@
 """Is the input in the model's bounds, and is its output plausible? Findings with their limits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -117,7 +118,11 @@ def assess(source: Volume, prediction: Volume, package: ModelPackage) -> list[Fi
 
 
 def findings_as_data(findings: Sequence[Finding]) -> dict[str, Any]:
-    return {finding.name: asdict(finding) for finding in findings}
+    """Findings by name, fit for JSON: a value that is not finite becomes None."""
+    data = {finding.name: asdict(finding) for finding in findings}
+    for finding in data.values():
+        finding["value"] = finding["value"] if math.isfinite(finding["value"]) else None
+    return data
 
 
 def _body(source: Volume) -> NDArray[np.bool_]:

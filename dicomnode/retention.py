@@ -4,6 +4,7 @@ Only files go; the journal keeps every row, so that a series that is sent again 
 were purged is known, stored again and not translated twice.
 """
 
+import contextlib
 import logging
 import shutil
 
@@ -13,7 +14,7 @@ from dicomnode import tables as t
 from dicomnode.config import RetentionSection
 from dicomnode.lifecycle import FINAL
 from dicomnode.spool import Spool
-from dicomnode.tables import Database
+from dicomnode.tables import Database, note
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,21 @@ def _received(database: Database, spool: Spool, rules: RetentionSection, now: fl
         s.series_uid.not_in(owing),
         s.series_uid.in_(stored),
     )
-    series = [uid for (uid,) in database.read(old)]
-    for uid in series:
-        with database.write() as db:  # the row first: a file without a row would be adopted
-            db.execute(t.instances.update().where(i.series_uid == uid).values(purged=True))
-            t_text = f"received files deleted after {rules.received_hours:g} hours"
-            t.note(db, uid, now, t_text)
-        shutil.rmtree(spool.received / uid, ignore_errors=True)
-    return len(series)
+    gone = 0
+    for (uid,) in database.read(old):
+        mine = i.series_uid == uid
+        with database.write() as db:  # the rows first: a file without a row would be adopted
+            if db.execute(old.where(s.series_uid == uid)).one_or_none() is None:
+                continue  # an instance came meanwhile
+            rows = db.execute(select(i.sop_instance_uid).where(mine, ~i.purged)).all()
+            db.execute(t.instances.update().where(mine).values(purged=True))
+            note(db, uid, now, f"received files deleted after {rules.received_hours:g} hours")
+        for (sop_instance_uid,) in rows:  # only these: others may be coming in just now
+            spool.path(uid, sop_instance_uid).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            (spool.received / uid).rmdir()
+        gone += 1
+    return gone
 
 
 def _results(database: Database, spool: Spool, rules: RetentionSection, now: float) -> int:

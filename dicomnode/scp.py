@@ -1,92 +1,129 @@
-"""Verification and Storage SCP: association -> presentation context -> instance -> status.
+"""Storage, Verification, Storage Commitment and MPPS SCP: association -> instance -> status.
 
 Success is answered only when the instance is on disk, its folder is synced and its journal entry
 is durable (PS3.4 B.2.2). Instances are kept as received; pixel data are never decoded here.
+`upper_layer` serves Storage and Verification, pynetdicom the other services.
 """
 
-import ipaddress
+import itertools
 import logging
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
-from pydicom.errors import InvalidDicomError
-from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, _config, evt
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
-from pynetdicom.transport import ThreadedAssociationServer
+from pynetdicom import AE, evt
+from sqlalchemy.exc import SQLAlchemyError
 
-from dicomnode import metrics
-from dicomnode.config import NodeConfig, Peer
+from dicomnode import __version__, metrics, tls
+from dicomnode.access import Access, Admission
+from dicomnode.config import NodeConfig
 from dicomnode.errors import (
     CannotUnderstand,
     DataSetMismatch,
     DuplicateInstance,
     InstanceRefused,
+    JournalError,
     OutOfResources,
 )
+from dicomnode.expected import EXPECTED_KEYWORDS, expected_values
+from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
+from dicomnode.normalized import MALFORMED
 from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
 from dicomnode.spool import Spool, checked_uid, dataset_digest
+from dicomnode.upper_layer import (
+    Identity,
+    Library,
+    Limits,
+    Listener,
+    Received,
+    Rejection,
+    Requestor,
+)
 
 log = logging.getLogger(__name__)
 
 SUCCESS = 0x0000
-_ARRIVAL_TAGS = [tag for tag in map(tag_for_keyword, ARRIVAL_KEYWORDS) if tag is not None]
-_ACSE_SECONDS = 15
-"""How long a connected peer may take to ask for an association (ARTIM, PS3.8 9.1.5)."""
-_IDLE_SECONDS = 300
-_REJECTED_PERMANENT, _SERVICE_USER, _CALLING, _CALLED = 1, 1, 3, 7
+_NOT_AUTHORISED = 0x0124
+_ARRIVAL_TAGS = [
+    tag for tag in map(tag_for_keyword, (*ARRIVAL_KEYWORDS, *EXPECTED_KEYWORDS)) if tag is not None
+]
+
+
+class LibraryService(Protocol):
+    """A service that pynetdicom serves: storage commitment, MPPS."""
+
+    @property
+    def contexts(self) -> tuple[str, ...]: ...
+
+    @property
+    def handlers(self) -> list[Any]: ...
 
 
 @dataclass(slots=True)
 class _Open:
     """An association that is open now."""
 
-    calling_ae: str
-    called_ae: str
-    host: str
-    peer: str
-    """Our name for the caller; "unknown" if it is not in `peers`."""
+    requestor: Requestor
+    admission: Admission
     number: int | None = None
     """Its row in the journal, made with the first instance it brings."""
 
+    @property
+    def peer(self) -> str:
+        return self.admission.peer or "unknown"
+
 
 class StorageScp:
-    """The listening AE."""
+    """The listening AE; the `Handler` of its own upper layer."""
 
     def __init__(
-        self, config: NodeConfig, spool: Spool, journal: Journal, carriers: Carriers
+        self,
+        config: NodeConfig,
+        spool: Spool,
+        journal: Journal,
+        carriers: Carriers,
+        services: Sequence[LibraryService],
     ) -> None:
+        """Nothing listens before `start`.
+
+        Raises:
+            ConfigError: the TLS files cannot be used.
+        """
         self._config, self._spool = config, spool
         self._journal, self._carriers = journal, carriers
-        self._open: dict[Any, _Open] = {}
+        self.access = Access(config.node, config.peers)
+        self._open: dict[object, _Open] = {}
         self._lock = threading.Lock()
-        self._server: ThreadedAssociationServer | None = None
-        self._ae = AE(config.node.ae_title)
-        self._ae.maximum_associations = config.node.max_associations
-        self._ae.maximum_pdu_size = config.node.max_pdu_bytes
-        self._ae.acse_timeout = _ACSE_SECONDS
-        self._ae.network_timeout = _IDLE_SECONDS
-        for context in AllStoragePresentationContexts:
-            if context.abstract_syntax is not None:
-                self._ae.add_supported_context(context.abstract_syntax, ALL_TRANSFER_SYNTAXES)
-        self._ae.add_supported_context(Verification)
+        self._parts = itertools.count()
+        limits = Limits(max_pdu_bytes=config.node.max_pdu_bytes)
+        self._listener = Listener(
+            (config.node.bind, config.node.port),
+            self,
+            identity=Identity(IMPLEMENTATION_CLASS_UID, f"DICOMNODE_{__version__}"[:16]),
+            limits=limits,
+            max_associations=config.node.max_associations,
+            secure=_secure(config, limits),
+            library=self._library(services, limits) if services else None,
+        )
 
     @property
     def port(self) -> int:
-        """The port we listen on; 0 before `start`."""
-        return 0 if self._server is None else int(self._server.server_address[1])
+        """The port we listen on; 0 when we do not."""
+        return self._listener.port
 
     @property
     def listening(self) -> bool:
-        return self._server is not None
+        return self._listener.port != 0
+
+    @property
+    def associations(self) -> int:
+        return self._listener.associations
 
     def start(self) -> None:
         """Listen.
@@ -94,112 +131,94 @@ class StorageScp:
         Raises:
             OSError: the address is in use or not ours.
         """
-        # received data sets stream to files beside the spool, so that a rename keeps them
-        _config.STORE_RECV_CHUNKED_DATASET = True
-        tempfile.tempdir = str(self._spool.incoming)
-        handlers: list[Any] = [
-            (evt.EVT_REQUESTED, self._on_requested),
-            (evt.EVT_C_STORE, self.on_c_store),
-            (evt.EVT_RELEASED, self._on_released),
-            (evt.EVT_ABORTED, self._on_aborted),
-            (evt.EVT_CONN_CLOSE, self._on_aborted),
-        ]
-        server = self._ae.start_server(
-            (self._config.node.bind, self._config.node.port), block=False, evt_handlers=handlers
-        )
-        self._server = server
+        self._listener.start()
 
     def drain(self, grace: float) -> None:
         """Take no new associations; let the open ones end for `grace` seconds, then abort them."""
-        server, self._server = self._server, None
-        if server is None:
-            return
-        server.shutdown()
-        deadline = time.monotonic() + grace
-        for association in self._ae.active_associations:
-            association.join(max(0.0, deadline - time.monotonic()))
-        for association in self._ae.active_associations:
-            association.abort()
+        self._listener.drain(grace)
 
     # associations
 
-    def _on_requested(self, event: evt.Event) -> None:
-        """Reject who is not in `peers` (PS3.8 9.3.4), before anything is negotiated."""
-        association = event.assoc
-        request: Any = association.requestor.primitive
-        calling = str(request.calling_ae_title).strip()
-        called = str(request.called_ae_title).strip()
-        host = str(association.requestor.address)
-        peer = caller(self._config.peers, calling, host)
-        if called != self._config.node.ae_title:
-            self._reject(association, _CALLED, "called AE title", calling, host)
-        elif peer is None and self._config.node.unknown_callers == "refuse":
-            self._reject(association, _CALLING, "calling AE title or host", calling, host)
-        else:
-            with self._lock:
-                self._open[association] = _Open(calling, called, host, peer or "unknown")
-                metrics.associations_open.set(len(self._open))
+    def request(self, requestor: Requestor) -> Rejection | None:
+        """Reject who is not in `peers`, or has no place left (PS3.8 9.3.4)."""
+        admitted = self._admit(requestor)
+        return admitted if isinstance(admitted, Rejection) else None
 
-    def _reject(self, association: Any, reason: int, words: str, calling: str, host: str) -> None:
-        log.warning(
-            "rejected an association from %r at %s: %s not recognised", calling, host, words
-        )
-        metrics.associations_rejected.labels(words).inc()
-        association.acse.send_reject(_REJECTED_PERMANENT, _SERVICE_USER, reason)
-        association.kill()
-
-    def _on_released(self, event: evt.Event) -> None:
-        self._end(event.assoc, "released")
-
-    def _on_aborted(self, event: evt.Event) -> None:
-        self._end(event.assoc, "aborted")  # also a closed connection; a no-op after a release
-
-    def _end(self, association: Any, how: str) -> None:
+    def _admit(self, requestor: Requestor) -> _Open | Rejection:
+        calling, called = requestor.calling_ae, requestor.called_ae
+        admission = self.access.admit(calling, called, requestor.host, time.time())
+        if isinstance(admission, Rejection):
+            log.warning("rejected %r at %s: %s", calling, requestor.host, admission.words)
+            metrics.associations_rejected.labels(admission.words).inc()
+            return admission
+        opened = _Open(requestor, admission)
         with self._lock:
-            ended = self._open.pop(association, None)
-            metrics.associations_open.set(len(self._open))
-        if ended is not None and ended.number is not None:
+            self._open[requestor] = opened
+        return opened
+
+    def allows(self, requestor: Requestor, sop_class_uid: str) -> bool:
+        opened = self._opened(requestor)
+        return self.access.allowed_sop_class(opened.admission.peer, sop_class_uid)
+
+    def ended(self, requestor: Requestor, how: Literal["released", "aborted"]) -> None:
+        with self._lock:
+            opened = self._open.pop(requestor, None)
+        if opened is None:
+            return
+        self.access.leave(opened.admission)
+        if opened.number is not None:
             now = time.time()
-            self._journal.end_association(ended.number, how, now)
-            self._carriers.ended(ended.number, how == "released", now)
+            self._carriers.ended(opened.number, how == "released", now)
+            self._journal.end_association(opened.number, how, now)
+
+    def _opened(self, requestor: Requestor) -> _Open:
+        with self._lock:
+            return self._open[requestor]
 
     # instances
 
-    def on_c_store(self, event: evt.Event) -> int | Dataset:
-        """Answer one C-STORE request with a status of PS3.4 Table B.2-1."""
-        with self._lock:
-            source = self._open.get(event.assoc)
-        try:
-            if source is None:
-                raise CannotUnderstand("the association is not open")
-            self._keep(event, source)
-            status, answer = SUCCESS, Dataset()
-        except InstanceRefused as refusal:
-            status, answer = refusal.status, Dataset()
-            answer.ErrorComment = str(refusal)[:64]
-            log.warning("answered 0x%04X: %s", status, refusal)
-        answer.Status = status
-        peer = "unknown" if source is None else source.peer
-        metrics.instances_received.labels(peer, f"0x{status:04X}").inc()
-        return answer
+    def part_path(self) -> Path:
+        """Where the next data set is received.
 
-    def _keep(self, event: evt.Event, source: _Open) -> None:
-        part: Path = event.dataset_path
+        Raises:
+            OutOfResources: less than `node.reserve_free_gb` is free.
+        """
         if not self._spool.has_room():
             raise OutOfResources("free space is below node.reserve_free_gb")
-        arrival = self._arrival(part, event, source)
+        return self._spool.incoming / f"{next(self._parts)}.part"
+
+    def store(self, requestor: Requestor, received: Received) -> tuple[int, str]:
+        """Answer one C-STORE request with a status of PS3.4 Table B.2-1 and an ErrorComment."""
+        opened = self._opened(requestor)
+        try:
+            self._keep(received, opened)
+            status, comment = SUCCESS, ""
+        except InstanceRefused as refusal:
+            status, comment = refusal.status, str(refusal)
+            log.warning("answered 0x%04X: %s", status, refusal)
+        except (SQLAlchemyError, JournalError) as error:
+            status, comment = OutOfResources.status, "the journal cannot be written now; try again"
+            log.error("answered 0x%04X: the journal: %s", status, type(error).__name__)
+        metrics.instances_received.labels(opened.peer, f"0x{status:04X}").inc()
+        peer, size = opened.admission.peer, received.size
+        time.sleep(self.access.delay(peer, 1, size, time.monotonic()))  # its pace, by the config
+        return status, comment
+
+    def _keep(self, received: Received, opened: _Open) -> None:
+        arrival = self._arrival(received, opened)
         now = time.time()
-        self._carriers.carries(arrival.association or 0, arrival.series_uid)
+        if arrival.association is not None:
+            self._carriers.carries(arrival.association, arrival.series_uid)
         known = self._journal.known(arrival.sop_instance_uid)
         if known is not None and (known[0], known[1]) != (arrival.series_uid, arrival.sha256):
-            self._refuse_other(part, arrival, now)
+            self._refuse_other(received.part, arrival, now)
         if known is None or known[2]:
-            kept = self._spool.keep(part, arrival.series_uid, arrival.sop_instance_uid)
+            kept = self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
             if kept is None:
-                self._adopt_or_refuse(part, arrival, now)
+                self._adopt_or_refuse(received.part, arrival, now)
         late = self._config.series.on_late_instances
         if self._journal.record_instance(arrival, now, late=late):
-            metrics.bytes_received.inc(arrival.size)
+            metrics.bytes_received.inc(received.file_size)
 
     def _adopt_or_refuse(self, part: Path, arrival: Arrival, now: float) -> None:
         """A file is there without a row: the same instance on another association, or another."""
@@ -212,27 +231,98 @@ class StorageScp:
         self._journal.record_conflict(arrival, now)
         raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
 
-    def _arrival(self, part: Path, event: evt.Event, source: _Open) -> Arrival:
-        request: Any = event.request
-        header = read_arrival_header(part)
+    def _arrival(self, received: Received, opened: _Open) -> Arrival:
+        header = read_arrival_header(received.part)
         sop_class = checked_uid(header.get("SOPClassUID"), "SOPClassUID")
         sop_instance = checked_uid(header.get("SOPInstanceUID"), "SOPInstanceUID")
-        if sop_class != request.AffectedSOPClassUID:
+        if sop_class != received.sop_class_uid:
             raise DataSetMismatch("SOPClassUID differs from the Affected SOP Class UID")
-        if sop_instance != request.AffectedSOPInstanceUID:
+        if sop_instance != received.sop_instance_uid:
             raise DataSetMismatch("SOPInstanceUID differs from the Affected SOP Instance UID")
-        digest, size = dataset_digest(part)
-        if source.number is None:
-            source.number = self._journal.begin_association(
-                source.calling_ae, source.called_ae, source.host, time.time()
+        who = opened.requestor
+        if opened.number is None:
+            opened.number = self._journal.begin_association(
+                who.calling_ae, who.called_ae, who.host, time.time()
             )
-        return arrival_of(header, str(event.context.transfer_syntax), digest, size, source)
+        return arrival_of(
+            header,
+            received.transfer_syntax_uid,
+            (received.sha256, received.file_size),
+            (who.calling_ae, who.called_ae),
+            opened.number,
+        )
+
+    # what pynetdicom serves: associations that ask for more than Storage and Verification
+
+    def _library(self, services: Sequence[LibraryService], limits: Limits) -> Library:
+        entity = AE(self._config.node.ae_title)
+        entity.maximum_associations = self._config.node.max_associations
+        entity.maximum_pdu_size = self._config.node.max_pdu_bytes
+        entity.acse_timeout = limits.artim_seconds
+        entity.network_timeout = limits.idle_seconds
+        handlers: list[Any] = [
+            (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_RELEASED, self._on_released),
+            (evt.EVT_ABORTED, self._on_aborted),
+            (evt.EVT_CONN_CLOSE, self._on_aborted),
+        ]
+        for service in services:
+            handlers += service.handlers
+            for abstract_syntax in service.contexts:
+                entity.add_supported_context(abstract_syntax)
+        entity.add_supported_context("1.2.840.10008.1.1")
+        return Library(entity, handlers, limits)
+
+    def _on_requested(self, event: evt.Event) -> None:
+        association: Any = event.assoc
+        request = association.requestor.primitive
+        requestor = Requestor(
+            str(request.calling_ae_title).strip(),
+            str(request.called_ae_title).strip(),
+            str(association.requestor.address),
+        )
+        admitted = self._admit(requestor)
+        if isinstance(admitted, Rejection):
+            answer = (admitted.result, admitted.source, admitted.reason)
+            association.acse.send_reject(*answer)
+            association.kill()
+            return
+        with self._lock:
+            self._open[association] = self._open.pop(requestor)
+
+    def _on_released(self, event: evt.Event) -> None:
+        self._library_ended(event.assoc, "released")
+
+    def _on_aborted(self, event: evt.Event) -> None:
+        self._library_ended(event.assoc, "aborted")  # also a closed connection; no-op if released
+
+    def _library_ended(self, association: Any, how: Literal["released", "aborted"]) -> None:
+        with self._lock:
+            opened = self._open.pop(association, None)
+        if opened is not None:
+            self.access.leave(opened.admission)
+
+
+def _secure(config: NodeConfig, limits: Limits) -> Callable[[Any], Any] | None:
+    """The TLS handshake of a connection, by certificates that are read again when they change."""
+    if config.node.tls is None:
+        return None
+    reloader = tls.Reloader(config.node.tls)
+    return lambda connection: tls.wrap(connection, reloader.context(), limits.artim_seconds)
 
 
 def arrival_of(
-    header: Dataset, transfer_syntax_uid: str, digest: str, size: int, source: _Open
+    header: Dataset,
+    transfer_syntax_uid: str,
+    digest_and_size: tuple[str, int],
+    titles: tuple[str, str],
+    association: int | None,
 ) -> Arrival:
     """What the journal keeps of an instance.
+
+    Args:
+        titles: calling and called AE title.
+        association: its row in the journal; None: not known any more.
 
     Raises:
         CannotUnderstand: a UID is missing or not valid.
@@ -244,29 +334,32 @@ def arrival_of(
         modality=str(header.get("Modality") or "")[:16],
         sop_class_uid=checked_uid(header.get("SOPClassUID"), "SOPClassUID"),
         transfer_syntax_uid=transfer_syntax_uid,
-        sha256=digest,
-        size=size,
-        calling_ae=source.calling_ae,
-        called_ae=source.called_ae,
-        association=source.number,
+        sha256=digest_and_size[0],
+        size=digest_and_size[1],
+        calling_ae=titles[0],
+        called_ae=titles[1],
+        association=association,
         plane=plane_of(header),
+        expected=expected_values(header),
     )
 
 
-def adopt_orphan(path: Path, journal: Journal, now: float) -> bool:
-    """Journal a stored file that has no row: it was cut off between file and row.
+def adopt(path: Path, journal: Journal, now: float) -> bool:
+    """Journal a kept file that may have no row: the node was stopped between file and row.
 
     It was never acknowledged, so its sender will send it again; keeping it loses nothing either.
-    False if it cannot be read.
+    False if it is known, or cannot be read.
     """
     try:
         header = read_arrival_header(path)
         syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
-        digest, size = dataset_digest(path)
-        arrival = arrival_of(header, syntax, digest, size, _Open("", "", "", "unknown"))
+        arrival = arrival_of(header, syntax, dataset_digest(path), ("", ""), None)
     except InstanceRefused:
         return False
+    if journal.known(arrival.sop_instance_uid) is not None:
+        return False
     journal.record_instance(arrival, now)
+    journal.interrupt(arrival.series_uid)
     return True
 
 
@@ -280,40 +373,6 @@ def read_arrival_header(path: Path) -> Dataset:
         header = dcmread(path, stop_before_pixels=True, specific_tags=list(_ARRIVAL_TAGS))
         for tag in _ARRIVAL_TAGS:
             header.get(tag)  # values are parsed on access
-    except (
-        InvalidDicomError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        NotImplementedError,
-        RecursionError,
-        OSError,
-    ) as error:
+    except MALFORMED as error:
         raise CannotUnderstand("the data set cannot be parsed") from error
     return header
-
-
-def caller(peers: Mapping[str, Peer], calling: str, host: str) -> str | None:
-    """Our name of the peer that calls with this AE title from this host, or None."""
-    for name, peer in peers.items():
-        if peer.ae_title == calling and (peer.host is None or _is_host(peer.host, host)):
-            return name
-    return None
-
-
-def _is_host(wanted: str, host: str) -> bool:
-    """Is `host`, a numeric address, the name, address or network `wanted`?"""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    try:
-        return address in ipaddress.ip_network(wanted, strict=False)
-    except ValueError:
-        pass
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(wanted, None)}
-    except OSError:
-        return False
-    return str(address) in found

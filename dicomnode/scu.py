@@ -6,6 +6,7 @@ Implicit VR Little Endian; never under a name that is not what the bytes are (PS
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from dicomnode.errors import DeliveryError, DeliveryRefused
+from dicomnode.config import NodeConfig, Peer
+from dicomnode.credentials import ClientTls, client_tls
+from dicomnode.errors import ConfigError, DeliveryError, DeliveryRefused
+from dicomnode.tls import client_context
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,20 @@ class Address:
     port: int
     called_ae: str
     calling_ae: str
+    tls: ClientTls | None = None
+    """How to call it with DICOM TLS; None: without."""
+
+
+def address_of(name: str, peer: Peer, config: NodeConfig) -> Address | None:
+    """Where the peer of this name listens; None: the configuration has no host and port for it.
+
+    Raises:
+        ConfigError: it is to be called with TLS, and nothing says who signed its certificate.
+    """
+    if peer.host is None or peer.port is None or "/" in peer.host:
+        return None
+    secured = client_tls(name, peer.tls, peer.host, config.node.tls) if peer.tls else None
+    return Address(peer.host, peer.port, peer.ae_title, config.node.ae_title, secured)
 
 
 OnStatus = Callable[[str, int], None]
@@ -88,7 +106,11 @@ class Associated:
         handlers: list[Any] = [(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_PDU_SENT, _quick_ack)]
         address = self._address
         self._association = entity.associate(
-            address.host, address.port, ae_title=address.called_ae, evt_handlers=handlers
+            address.host,
+            address.port,
+            ae_title=address.called_ae,
+            evt_handlers=handlers,
+            tls_args=_tls_arguments(address),
         )
         if not self._association.is_established:
             raise _not_established(self._association, address)
@@ -99,6 +121,20 @@ class Associated:
             self._association.release()
         else:
             self._association.abort()
+
+
+def _tls_arguments(address: Address) -> Any:
+    """What pynetdicom wants for TLS, or None.
+
+    Raises:
+        DeliveryError: a certificate file cannot be used (now).
+    """
+    if address.tls is None:
+        return None
+    try:
+        return client_context(address.tls, time.time()), address.tls.server_name
+    except ConfigError as error:
+        raise DeliveryError(f"{address.called_ae}: {error}") from error
 
 
 def _not_established(association: Association, address: Address) -> DeliveryError:

@@ -117,7 +117,7 @@ class Verdict:
     complete: bool
     reason: str
     kind: str = "waiting"
-    """waiting, quiet, released or incomplete."""
+    """waiting, announced, quiet, released or incomplete."""
     missing: int = 0
     """Slices that never came."""
 
@@ -129,12 +129,19 @@ def judge(
     rules: SeriesSection,
     now: float,
     started: float,
+    announced: Callable[[bool], str | None] = lambda released: None,
 ) -> Verdict:
     """Is `series` complete at `now`? `started` is when this node began to listen.
 
     All times are seconds since the epoch. `count_missing` is `missing_slices` of what came. While
     the node was down nobody could send, so quiet counts from its start at the earliest.
+
+    `announced`: who says that all instances are here (MPPS, a count in the headers), or None;
+    told whether the last association that carried the series was released.
     """
+    who = announced(released_at is not None)
+    if who is not None and not count_missing():
+        return Verdict(True, f"all announced instances are here ({who})", "announced")
     last = max(series.last_received, started)
     quiet = now - last
     hold = max(rules.hold_incomplete_seconds, rules.quiet_seconds)

@@ -1,8 +1,9 @@
 """Which Storage SOP classes a peer may store, named as people name them."""
 
+import re
 from collections.abc import Sequence
 
-from pydicom.uid import UID, UID_dictionary
+from pydicom import uid
 
 EVERY = "*"
 IMAGES: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,12 @@ IMAGES: dict[str, tuple[str, ...]] = {
     ),
 }
 """The image SOP classes of a modality, classic and enhanced (PS3.4 B.5)."""
-_BY_KEYWORD = {entry[4]: uid for uid, entry in UID_dictionary.items() if entry[1] == "SOP Class"}
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+_BY_KEYWORD = {
+    name: str(value)
+    for name, value in vars(uid).items()
+    if isinstance(value, uid.UID) and value.type == "SOP Class"
+}
 
 
 def problem_with(names: Sequence[str]) -> str | None:
@@ -41,7 +47,7 @@ def uids_of(names: Sequence[str]) -> frozenset[str] | None:
     """The SOP Class UIDs that checked names stand for; None: every one."""
     if EVERY in names:
         return None
-    return frozenset(uid for name in names for uid in _uids(name))
+    return frozenset(found for name in names for found in _uids(name))
 
 
 def _uids(name: str) -> tuple[str, ...]:
@@ -50,4 +56,4 @@ def _uids(name: str) -> tuple[str, ...]:
         return IMAGES[name]
     if name in _BY_KEYWORD:
         return (_BY_KEYWORD[name],)
-    return (name,) if UID(name).is_valid and "." in name else ()
+    return (name,) if len(name) <= 64 and _UID.fullmatch(name) else ()

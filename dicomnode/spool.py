@@ -57,12 +57,19 @@ class Spool:
         return self.root / "quarantine"
 
     def prepare(self) -> None:
-        """Make the folders; half-received files of an earlier run are removed."""
-        shutil.rmtree(self.incoming, ignore_errors=True)
+        """Make the folders; results half-written by an earlier run are removed."""
         for folder in (self.incoming, self.received, self.results, self.quarantine):
             folder.mkdir(parents=True, exist_ok=True)
-        for part in self.root.glob("*/*/*.part"):
+        for part in self.results.glob("*/*.part"):
             part.unlink(missing_ok=True)
+
+    def leftovers(self) -> Iterator[tuple[Path, bool]]:
+        """What an earlier run was receiving, and whether it had been kept already.
+
+        A kept file may lack its journal entry; the others were cut off on their way.
+        """
+        for path in self.incoming.iterdir():
+            yield path, path.stat().st_nlink > 1
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
@@ -71,7 +78,11 @@ class Spool:
         return self.free_bytes() - size >= self.reserve_bytes
 
     def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
-        """Move a complete received file to its place, durably; None if another file is there.
+        """Give a complete received file its place, durably; None if another file is there.
+
+        `part` stays as a second name of the file: whoever received it removes it once the journal
+        has the instance. What a crash leaves in `incoming` is thus all there is to recover.
+
 
         Raises:
             OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
@@ -116,7 +127,6 @@ class Spool:
             os.link(part, final)
         except FileExistsError:
             return False
-        part.unlink()
         return True
 
     def _make_folder(self, folder: Path) -> None:

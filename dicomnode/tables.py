@@ -58,8 +58,9 @@ instances = Table(
     Column("sha256", String, nullable=False),  # of the data set as received
     Column("size", Integer, nullable=False),
     Column("received", Float, nullable=False),
-    Column("association", Integer),
-    Column("plane", String),  # position, orientation, image type: JSON; null: no image plane
+    Column("association", Integer, index=True),
+    Column("plane", String),  # position, orientation: JSON; null: no image plane
+    Column("expected", String),  # what it says of the size of its series: JSON
     Column("purged", Boolean, nullable=False, default=False),
 )
 
@@ -169,6 +170,48 @@ class _Change:
             self.error = error
 
 
+commitments = Table(
+    "commitments",
+    metadata,
+    Column("transaction_uid", String, primary_key=True),
+    Column("peer", String, nullable=False),  # its name in the configuration
+    Column("state", String, nullable=False, index=True),
+    Column("asked", Float, nullable=False),
+    Column("due", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("updated", Float, nullable=False),
+    Column("detail", String, nullable=False, default=""),
+)
+
+commitment_items = Table(
+    "commitment_items",
+    metadata,
+    Column("transaction_uid", String, ForeignKey("commitments.transaction_uid"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("sop_class_uid", String, nullable=False),
+    Column("sop_instance_uid", String, nullable=False, index=True),
+    Column("failure", Integer),  # FailureReason; 0: committed; null: not checked yet
+)
+
+performed_steps = Table(
+    "performed_steps",
+    metadata,
+    Column("sop_instance_uid", String, primary_key=True),
+    Column("calling_ae", String, nullable=False),
+    Column("status", String, nullable=False),  # IN PROGRESS | COMPLETED | DISCONTINUED
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+)
+
+performed_series = Table(
+    "performed_series",
+    metadata,
+    Column("step", String, ForeignKey("performed_steps.sop_instance_uid"), primary_key=True),
+    Column("series_uid", String, primary_key=True, index=True),
+    Column("instances", String, nullable=False),  # SOP Instance UIDs: JSON
+)
+
+
 class Database:
     """One journal file; safe to share between threads."""
 
@@ -208,15 +251,18 @@ class Database:
     def _commit_queue(self) -> None:
         with self._queue_lock:
             batch, self._queue = self._queue, []
+        failure: Exception = JournalError("the commit was broken off; nothing was recorded")
+        committed = False
         try:
             with self._engine.begin() as db:
                 for change in batch:
                     change.run(db)
+            committed = True
         except SQLAlchemyError as error:
+            failure = error
+        finally:  # whatever ended it: nobody may take a change for durable that is not
             for change in batch:
-                change.error = change.error or error
-        finally:
-            for change in batch:
+                change.error = change.error or (None if committed else failure)
                 change.done = True
 
     def read(self, query: Any) -> list[Any]:
@@ -235,7 +281,8 @@ def _open(path: Path, *, create: bool = True) -> Engine:
     """The engine over a journal file, its tables made if they are new.
 
     Raises:
-        JournalError: there is no journal (and `create` is false), or its schema is another one.
+        JournalError: there is no journal (and `create` is false), it cannot be opened, or its
+            schema is another one.
     """
     if not create and not path.is_file():
         raise JournalError(f"no journal at {path}; has `dicomnode serve` run with this config?")
@@ -251,7 +298,11 @@ def _open(path: Path, *, create: bool = True) -> Engine:
     def _begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    metadata.create_all(engine)
+    try:
+        metadata.create_all(engine)
+    except SQLAlchemyError as error:
+        reason = getattr(error, "orig", error)
+        raise JournalError(f"{path}: cannot open the journal: {reason}") from error
     with engine.begin() as db:
         found = db.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
         if found is None:

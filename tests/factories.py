@@ -17,8 +17,14 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import (
     UID,
     CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEGLosslessSV1,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
     SecondaryCaptureImageStorage,
     generate_uid,
 )
@@ -125,6 +131,156 @@ def ct_series(
             with_canaries(ds)
         made.append(_changed(ds, attributes))
     return [_as_received(ds, syntax) for ds in made]
+
+
+_NOT_CT = dict.fromkeys(
+    [
+        "KVP",
+        "XRayTubeCurrent",
+        "Exposure",
+        "ExposureTime",
+        "ConvolutionKernel",
+        "GantryDetectorTilt",
+        "RescaleType",
+        "IrradiationEventUID",
+        "WindowCenter",
+        "WindowWidth",
+        "WindowCenterWidthExplanation",
+    ]
+)
+
+
+def mr_series(slices: int = 5, rows: int = 32, columns: int = 40, **options: Any) -> list[Dataset]:
+    """An MR series in slice order; options as of `ct_series`, no rescale unless given."""
+    given = {"intercept": "0", **_NOT_CT, "ScanningSequence": "SE", "SequenceVariant": "SK"}
+    given |= {
+        "SOPClassUID": MRImageStorage,
+        "Modality": "MR",
+        "EchoTime": "30",
+        "MRAcquisitionType": "2D",
+    }
+    given |= {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"], "RepetitionTime": "500"}
+    given |= {"ScanOptions": None, "EchoTrainLength": "1"}
+    stored = phantom_hu(slices, rows, columns, options.get("seed", 1)) + 1024
+    return ct_series(
+        slices, rows, columns, **{"stored": np.clip(stored, 0, 4095), **given, **options}
+    )
+
+
+def pet_series(
+    slices: int = 5,
+    rows: int = 16,
+    columns: int = 20,
+    *,
+    slopes: Sequence[str] | None = None,
+    tracer: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[Dataset]:
+    """A static FDG PET series in Bq/ml, corrected, in slice order, each slice with its own slope.
+
+    Args:
+        slopes: RescaleSlope of each slice as DS text.
+        tracer: changes to the item of RadiopharmaceuticalInformationSequence; None deletes one.
+        options: as of `ct_series`.
+    """
+    given = {**_NOT_CT, "SOPClassUID": PositronEmissionTomographyImageStorage, "Modality": "PT"}
+    given |= {"ImageType": ["ORIGINAL", "PRIMARY"], "Units": "BQML", "CountsSource": "EMISSION"}
+    given |= {"SeriesType": ["STATIC", "IMAGE"], "CorrectedImage": ["DECY", "ATTN", "SCAT"]}
+    given |= {"DecayCorrection": "START", "PatientWeight": "70", "FrameReferenceTime": "0"}
+    given |= {"ActualFrameDuration": "120000", "NumberOfSlices": slices, "DecayFactor": "1.0"}
+    given |= {"AcquisitionTime": "102000", "bits_stored": 16, "intercept": "0"}
+    stored = np.clip(
+        (phantom_hu(slices, rows, columns, options.get("seed", 1)) + 1000) * 10, 0, 32767
+    )
+    made = ct_series(slices, rows, columns, **{"stored": stored, **given, **options})
+    item = Dataset()
+    item.RadiopharmaceuticalStartTime, item.RadionuclideTotalDose = "092000.00", "370000000"
+    item.RadionuclideHalfLife, item.Radiopharmaceutical = "6586.2", "FDG"
+    for keyword, value in (tracer or {}).items():
+        item.pop(keyword, None)
+        if value is not None:
+            setattr(item, keyword, value)
+    for index, ds in enumerate(made):
+        ds.RescaleSlope = slopes[index] if slopes else f"{0.5 + 0.1 * index:.6f}"
+        ds.ImageIndex = index + 1
+        ds.RadiopharmaceuticalInformationSequence = [item]
+    return [_as_received(ds, _syntax(ds)) for ds in made]
+
+
+_ENHANCED = {
+    CTImageStorage: (EnhancedCTImageStorage, "CT"),
+    MRImageStorage: (EnhancedMRImageStorage, "MR"),
+    PositronEmissionTomographyImageStorage: (EnhancedPETImageStorage, "PET"),
+}
+_IN_GROUPS = {  # functional group -> what it takes from a classic image, by its own keywords
+    "PlanePositionSequence": {"ImagePositionPatient": "ImagePositionPatient"},
+    "PlaneOrientationSequence": {"ImageOrientationPatient": "ImageOrientationPatient"},
+    "PixelMeasuresSequence": {"PixelSpacing": "PixelSpacing", "SliceThickness": "SliceThickness"},
+    "PixelValueTransformationSequence": {
+        "RescaleSlope": "RescaleSlope",
+        "RescaleIntercept": "RescaleIntercept",
+        "RescaleType": "RescaleType",
+    },
+    "FrameVOILUTSequence": {"WindowCenter": "WindowCenter", "WindowWidth": "WindowWidth"},
+    "MREchoSequence": {"EffectiveEchoTime": "EchoTime"},
+    "CTReconstructionSequence": {"ConvolutionKernel": "ConvolutionKernel"},
+}
+
+
+def enhanced(
+    series: Sequence[Dataset],
+    *,
+    shared: Iterable[str] = ("PlaneOrientationSequence", "PixelMeasuresSequence"),
+    temporal: Sequence[int] | None = None,
+    syntax: UID = ExplicitVRLittleEndian,
+) -> Dataset:
+    """An enhanced multi-frame instance with one frame per classic image, in the order given.
+
+    Args:
+        shared: functional groups which are the same in all frames.
+        temporal: TemporalPositionIndex of each frame.
+    """
+    first = series[0]
+    sop_class, kind = _ENHANCED[first.SOPClassUID]
+    uid = generate_uid(entropy_srcs=[str(first.SOPInstanceUID), "enhanced", str(len(series))])
+    moved = {keyword for group in _IN_GROUPS.values() for keyword in group.values()}
+    ds = _changed(first, {**dict.fromkeys(moved), "SOPClassUID": sop_class, "SOPInstanceUID": uid})
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.NumberOfFrames = len(series)
+    groups = [_groups(image, kind, number) for number, image in enumerate(series)]
+    for index, item in enumerate(groups):
+        content = item.FrameContentSequence[0]
+        content.TemporalPositionIndex = temporal[index] if temporal else 1
+    common = Dataset()
+    for keyword in shared:
+        setattr(common, keyword, groups[0][keyword].value)
+        for item in groups:
+            del item[keyword]
+    ds.SharedFunctionalGroupsSequence = [common]
+    ds.PerFrameFunctionalGroupsSequence = groups
+    ds.add_new("PixelData", "OW", b"".join(image.PixelData for image in series))
+    return _as_received(ds, syntax)
+
+
+def _groups(image: Dataset, kind: str, index: int) -> Dataset:
+    item = Dataset()
+    for macro, keywords in _IN_GROUPS.items():
+        content = Dataset()
+        for theirs, ours in keywords.items():
+            value = image.get(ours)
+            if value is not None:
+                setattr(content, theirs, float(value) if theirs == "EffectiveEchoTime" else value)
+        if len(content):
+            setattr(item, macro, [content])
+    content = _item(item, "FrameContentSequence")
+    content.StackID, content.InStackPositionNumber = "1", index + 1
+    content.FrameAcquisitionNumber = 1
+    content.FrameAcquisitionDateTime = f"{image.AcquisitionDate}{image.AcquisitionTime}"
+    _item(item, f"{kind}{'' if kind == 'PET' else 'Image'}FrameTypeSequence").FrameType = list(
+        image.ImageType
+    )
+    item.private_block(0x0029, "CANARY CREATOR", create=True).add_new(0x10, "LO", CANARY)
+    return item
 
 
 def _ct_image(entropy: str, index: int, plane: NDArray[Any], encoding: Encoding) -> Dataset:
@@ -269,6 +425,9 @@ def _as_received(ds: Dataset, syntax: UID) -> Dataset:
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
     already = _syntax(ds) == syntax and syntax.is_compressed
+    if ExplicitVRBigEndian in (syntax, _syntax(ds)) and syntax != _syntax(ds):
+        words = np.frombuffer(ds.PixelData, "<u2")  # nobody swaps pixels for us
+        ds.add_new("PixelData", "OW", words.byteswap().tobytes())
     if syntax == JPEGLosslessSV1 and not already:
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return _with_dcmcjpeg(ds)

@@ -4,9 +4,14 @@ An empty list is a pass. The programs are named by absolute path; `require` skip
 what is absent.
 """
 
+import json
+import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +22,11 @@ from pydicom import Dataset, dcmread
 DCIODVFY = Path("/usr/bin/dciodvfy")
 DCENTVFY = Path("/usr/bin/dcentvfy")
 DCMDUMP = Path("/usr/bin/dcmdump")
+DCM2PNM = Path("/usr/bin/dcm2pnm")
+DCM2NIIX = Path("/usr/bin/dcm2niix")
+NODE = Path("/usr/bin/node")
+SUV_PACKAGE = Path("/opt/suv/node_modules/@cornerstonejs/calculate-suv")
+"""`npm i --prefix /opt/suv @cornerstonejs/calculate-suv`: what OHIF computes SUV with."""
 
 _TOO_NEW = "</(0008,001c)>"
 """Synthetic Data: newer than Debian's dicom3tools 20220618, the one finding that is excepted."""
@@ -94,29 +104,120 @@ def value_findings(
     masks = np.broadcast_to(np.asarray(native), expected.shape)
     for path, plane, mask in zip(derived, expected, masks, strict=True):
         read = sitk.GetArrayFromImage(sitk.ReadImage(str(path), sitk.sitkFloat64))[0]
-        half = abs(float(dcmread(path, stop_before_pixels=True).RescaleSlope)) / 2
+        half = abs(float(dcmread(path, stop_before_pixels=True).get("RescaleSlope", 1))) / 2
         worst = np.abs(read - plane)[mask].max(initial=0)
         if worst > half * (1 + 1e-6) + 1e-6 * np.abs(plane).max():
             findings.append(f"{path.name}: off by {worst:.4f}, half a quantum is {half:.4f}")
     return findings
 
 
+def picture_findings(derived: Sequence[Path]) -> list[str]:
+    """Files that DCMTK does not render with the window they carry."""
+    findings = []
+    for path in derived:
+        done = subprocess.run(
+            [str(DCM2PNM), "+Wi", "1", str(path)], capture_output=True, check=False
+        )
+        if done.returncode or not done.stdout.startswith(b"P"):
+            findings.append(f"{path.name}: not rendered")
+    return findings
+
+
+def nifti_findings(source: Sequence[Path], derived: Sequence[Path]) -> list[str]:
+    """Where dcm2niix makes volumes of another matrix or with another affine."""
+    one, other = _niftis(source), _niftis(derived)
+    if not other or len(one) != len(other):
+        return [f"{len(one)} volumes of the source, {len(other)} of the derived series"]
+    return [
+        f"{a} is now {b}"
+        for a, b in zip(one, other, strict=True)
+        if not np.allclose(a, b, atol=1e-3)
+    ]
+
+
+def _niftis(files: Sequence[Path]) -> list[tuple[float, ...]]:
+    """Matrix and affine of every volume that dcm2niix makes (NIfTI-1: dim at 40, srow at 280)."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "given"), Path(folder, "made")
+        given.mkdir()
+        made.mkdir()
+        for index, path in enumerate(files):
+            (given / f"{index:05}.dcm").write_bytes(path.read_bytes())
+        _lines(DCM2NIIX, "-b", "n", "-z", "n", "-f", "%s_%d", "-o", made, given)
+        headers = [path.read_bytes()[:348] for path in made.glob("*.nii")]
+    grids = [
+        struct.unpack_from("<4h", h, 40)[1:] + struct.unpack_from("<12f", h, 280) for h in headers
+    ]
+    return sorted(grids)
+
+
+def suv_findings(source: Sequence[Path], derived: Sequence[Path]) -> list[str]:
+    """Slices for which a viewer computes another SUV factor than for their source."""
+    by_uid = {str(ds.SOPInstanceUID): ds for ds in map(_header, source)}
+    outputs = list(map(_header, derived))
+    pairs = [by_uid[ds.SourceImageSequence[0].ReferencedSOPInstanceUID] for ds in outputs]
+    one, other = suv_factors(pairs), suv_factors(outputs)
+    return [f"SUV factor {a} is now {b}" for a, b in zip(one, other, strict=True) if a != b]
+
+
+def suv_factors(datasets: Sequence[Dataset]) -> list[float]:
+    """SUVbw per Bq/ml of each slice as @cornerstonejs/calculate-suv tells (not of GML, CNTS)."""
+    keywords = ("SeriesDate SeriesTime AcquisitionDate AcquisitionTime PatientWeight Units").split()
+    keywords += ["DecayCorrection", "FrameReferenceTime", "ActualFrameDuration", "PatientSex"]
+    instances = []
+    for ds in datasets:
+        tracer = ds.RadiopharmaceuticalInformationSequence[0]
+        known = {keyword: ds.get(keyword) for keyword in keywords}
+        for keyword in ("TotalDose", "HalfLife"):
+            known[f"Radionuclide{keyword}"] = float(tracer[f"Radionuclide{keyword}"].value)
+        known["CorrectedImage"] = list(ds.CorrectedImage)
+        known["RadiopharmaceuticalStartTime"] = tracer.RadiopharmaceuticalStartTime
+        known["RadiopharmaceuticalStartDateTime"] = tracer.get("RadiopharmaceuticalStartDateTime")
+        for keyword in ("PatientWeight", "FrameReferenceTime", "ActualFrameDuration"):
+            known[keyword] = None if known[keyword] in (None, "") else float(known[keyword])
+        instances.append({k: v for k, v in known.items() if v is not None})
+    script = (
+        f"const s=require({json.dumps(str(SUV_PACKAGE))});let t='';process.stdin.on('data',d=>t+=d)"
+        ".on('end',()=>console.log(JSON.stringify(s.calculateSUVScalingFactors(JSON.parse(t)))))"
+    )
+    done = subprocess.run(
+        [str(NODE), "-e", script],
+        input=json.dumps(instances, default=str),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [float(factor["suvbw"]) for factor in json.loads(done.stdout)]
+
+
 def contract_findings(source: Sequence[Path], derived: Sequence[Path]) -> list[str]:
     """What DESIGN 1.6 promises of every derived instance and no foreign program looks for."""
-    by_uid = {str(ds.SOPInstanceUID): ds for ds in map(dcmread, source)}
-    outputs = [dcmread(path) for path in derived]
+    by_uid = {str(ds.SOPInstanceUID): ds for ds in map(_header, source)}
+    outputs = [_header(path) for path in derived]
     findings = []
     if len({ds.SOPInstanceUID for ds in outputs} - by_uid.keys()) != len(outputs):
         findings.append("SOP Instance UIDs are not new and unique")
     if len({ds.SeriesInstanceUID for ds in outputs}) != 1:
         findings.append("not one series")
+    if len({str(ds.get("RescaleSlope")) for ds in outputs}) > 1 and outputs[0].Modality == "PT":
+        findings.append("more than one RescaleSlope")
     for ds in outputs:
         reference = str(ds.SourceImageSequence[0].ReferencedSOPInstanceUID)
         if reference not in by_uid:
             findings.append("references an image that is not in the source")
             continue
         findings += _promises(by_uid[reference], ds)
-    return findings
+    return sorted(set(findings))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one judge says: what it looked at, and what it found; `skipped`: why it did not."""
+
+    name: str
+    looked_at: str
+    findings: list[str]
+    skipped: str = ""
 
 
 def judge(
@@ -129,15 +230,15 @@ def judge(
 
     Args:
         source, derived: files; `derived` in slice order.
-        expected: (slices, rows, columns), float32, HU, what the model gave.
+        expected: (slices, rows, columns), float32, what the model gave, in the derived unit.
         native: as in `value_findings`.
     """
     require(DCIODVFY, DCENTVFY, DCMDUMP)
     judges: dict[str, Callable[[], list[str]]] = {
         "dciodvfy": lambda: iod_findings(source, derived),
         "dcentvfy": lambda: entity_findings(source, derived),
-        "names": lambda: name_findings(source, derived),
-        "grid": lambda: grid_findings(source, derived),
+        "dcmtk text": lambda: name_findings(source, derived),
+        "SimpleITK grid": lambda: grid_findings(source, derived),
         "values": lambda: value_findings(derived, expected, native),
         "contract": lambda: contract_findings(source, derived),
     }
@@ -145,22 +246,125 @@ def judge(
     return {name: findings for name, findings in verdicts.items() if findings}
 
 
+def every_verdict(
+    source: Sequence[Path],
+    derived: Sequence[Path],
+    companions: Sequence[Path] = (),
+    expected: NDArray[np.float32] | None = None,
+) -> list[Verdict]:
+    """What every judge says, the slow ones too.
+
+    Args:
+        derived: files in slice order.
+        companions: GSPS, SR and KO that go with them.
+        expected: (slices, rows, columns), float32, what the model gave; NaN: not to be looked at.
+    """
+    whole = [*derived, *companions]
+    counts = f"{len(source)}+{len(derived)}+{len(companions)} objects"
+    known = expected is not None
+    native = np.isfinite(expected) if known else True
+    values = expected if expected is not None else _pydicom_values(derived)
+    how = "|read - model|" if known else "|SimpleITK - pydicom|, the model's values are not known"
+    judges: list[tuple[str, tuple[Path, ...], str, Callable[[], list[str]]]] = [
+        ("dciodvfy", (DCIODVFY,), f"{len(whole)} objects", lambda: iod_findings(source, whole)),
+        ("dcentvfy", (DCENTVFY,), counts, lambda: entity_findings(source, whole)),
+        ("dcmtk text", (DCMDUMP,), "(0010,0010) PN", lambda: name_findings(source, whole)),
+        ("dcm2pnm", (DCM2PNM,), f"{len(derived)} rendered", lambda: picture_findings(derived)),
+        ("SimpleITK grid", (), _grid(derived), lambda: grid_findings(source, derived)),
+        (
+            "values",
+            (),
+            f"max {how} {_worst(derived, values, native):.6g} <= quantum/2 {_half(derived):.6g}",
+            lambda: value_findings(derived, values, native),
+        ),
+        ("dcm2niix grid", (DCM2NIIX,), "same", lambda: nifti_findings(source, derived)),
+        ("contract", (), f"{len(derived)} instances", lambda: contract_findings(source, derived)),
+    ]
+    if _header(derived[0]).Modality == "PT":
+        judges.append(
+            ("SUV factor", (NODE, SUV_PACKAGE), "same", lambda: suv_findings(source, derived))
+        )
+    return [_verdict(*one) for one in judges]
+
+
+def _verdict(
+    name: str, programs: Sequence[Path], looked_at: str, findings: Callable[[], list[str]]
+) -> Verdict:
+    missing = [str(program) for program in programs if not program.exists()]
+    if missing:
+        return Verdict(name, looked_at, [], f"{', '.join(missing)} is not installed")
+    return Verdict(name, looked_at, findings())
+
+
+_SAME = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "PatientID")
+_SAME += ("StudyInstanceUID", "FrameOfReferenceUID", "SpecificCharacterSet", "PatientBirthDate")
+_SAME_IN_PET = ("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "DecayFactor")
+_SAME_IN_PET += ("FrameReferenceTime", "ActualFrameDuration", "DecayCorrection")
+_NEVER = {  # ImageType's last value -> what such an image must not have
+    "CE_CT": ("ContrastBolusAgent", "CTDIvol"),
+    "SYN_CT": ("ContrastBolusAgent", "EchoTime", "ScanningSequence", "ConvolutionKernel"),
+    "SYN_MR": ("ContrastBolusAgent", "KVP", "RescaleSlope", "ConvolutionKernel", "Exposure"),
+    "DLY_PET": ("PrimaryPromptsCountsAccumulated", "SecondaryCountsType", "SUVType"),
+}
+_TYPES = {
+    "CT": ["DERIVED", "SECONDARY", "AXIAL", "SYNTHETIC"],
+    "MR": ["DERIVED", "SECONDARY", "OTHER", "SYNTHETIC"],
+    "PT": ["DERIVED", "PRIMARY", "SYNTHETIC"],
+}
+
+
 def _promises(source: Dataset, ds: Dataset) -> list[str]:
-    findings = []
-    same = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "PatientPosition")
-    same += ("StudyInstanceUID", "FrameOfReferenceUID", "SpecificCharacterSet")
-    for keyword in same:
-        if keyword in source and _written(ds, keyword) != _written(source, keyword):
-            findings.append(f"{keyword} is not the source's")
-    if ds.get("SyntheticData") != "YES" or list(ds.ImageType[:2]) != ["DERIVED", "SECONDARY"]:
+    kind = str(ds.ImageType[-1])
+    same = (*_SAME, *(_SAME_IN_PET if kind == "DLY_PET" else ()))
+    findings = [
+        f"{keyword} is not the source's"
+        for keyword in same
+        if keyword in source and _written(ds, keyword) != _written(source, keyword)
+    ]
+    if ds.get("SyntheticData") != "YES" or list(ds.ImageType[:-1]) != _TYPES[ds.Modality]:
         findings.append("not marked as derived and synthetic")
     if ds.SeriesInstanceUID == source.SeriesInstanceUID or "[SYN " not in ds.SeriesDescription:
         findings.append("not a marked series of its own")
     if any(element.tag.is_private for element in ds.iterall()):
         findings.append("has a private attribute")
-    if bool(ds.get("ContrastBolusAgent")) != bool(source.get("ContrastBolusAgent")):
+    findings += [f"has {keyword}" for keyword in _NEVER.get(kind, ()) if ds.get(keyword)]
+    agent = "ContrastBolusAgent"
+    if kind not in _NEVER and bool(ds.get(agent)) != bool(source.get(agent)):
         findings.append("contrast agent is not the source's")
+    if "WindowCenter" in ds and ds["WindowCenter"].VM != 1:
+        findings.append("not one window")
+    if kind == "DLY_PET" and (ds.RescaleIntercept != 0 or ds.BitsStored != 16):
+        findings.append("RescaleIntercept is not 0, or BitsStored not 16")
     return findings
+
+
+def _header(path: Path) -> Dataset:
+    return dcmread(path, stop_before_pixels=True)
+
+
+def _half(derived: Sequence[Path]) -> float:
+    """The largest half rescale quantum of the files."""
+    return max(abs(float(_header(path).get("RescaleSlope", 1))) for path in derived) / 2
+
+
+def _worst(derived: Sequence[Path], expected: NDArray[Any], native: NDArray[Any] | bool) -> float:
+    read = [sitk.GetArrayFromImage(sitk.ReadImage(str(p), sitk.sitkFloat64))[0] for p in derived]
+    difference = np.abs(np.stack(read) - expected)
+    return float(difference[np.broadcast_to(native, difference.shape)].max(initial=0))
+
+
+def _pydicom_values(derived: Sequence[Path]) -> NDArray[np.float32]:
+    planes = []
+    for path in derived:
+        ds = dcmread(path)
+        slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
+        planes.append(ds.pixel_array * slope + intercept)
+    return np.asarray(planes, np.float32)
+
+
+def _grid(files: Sequence[Path]) -> str:
+    volume = _volume(files)
+    return f"size {volume.GetSize()} spacing {tuple(round(s, 4) for s in volume.GetSpacing())}"
 
 
 def _written(ds: Dataset, keyword: str) -> list[str]:
@@ -170,16 +374,21 @@ def _written(ds: Dataset, keyword: str) -> list[str]:
     return [str(getattr(one, "original_string", one)) for one in values]
 
 
+def in_slice_order(files: Iterable[Path]) -> list[Path]:
+    """Files of one stack, the smallest projection on the slice normal first."""
+    found = {}
+    for path in files:
+        ds = _header(path)
+        directions = np.asarray(ds.ImageOrientationPatient, dtype=np.float64)
+        normal = np.cross(directions[:3], directions[3:])
+        found[path] = float(np.dot(np.asarray(ds.ImagePositionPatient, dtype=float), normal))
+    return sorted(found, key=lambda path: found[path])
+
+
 def _volume(files: Sequence[Path]) -> sitk.Image:
     """As ITK reads a series: sorted by position, geometry of the first and last slice."""
     reader = sitk.ImageSeriesReader()
-    planes = [dcmread(path, stop_before_pixels=True) for path in files]
-    directions = np.asarray(planes[0].ImageOrientationPatient, dtype=np.float64)
-    normal = np.cross(directions[:3], directions[3:])
-    along = [
-        float(np.dot(np.asarray(ds.ImagePositionPatient, dtype=float), normal)) for ds in planes
-    ]
-    reader.SetFileNames([str(files[index]) for index in np.argsort(along)])
+    reader.SetFileNames([str(path) for path in in_slice_order(files)])
     return reader.Execute()
 
 

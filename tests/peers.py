@@ -296,6 +296,26 @@ class Node:
         series: dict[str, Any] = wait_for(settled, f"series {series_uid} to settle", seconds)
         return series
 
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def children(self) -> list[tuple[str, int]]:
+        """The helper processes that run now: ("worker" or "courier", process id)."""
+        found = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            for pid in path.read_text().split():
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    maps = Path(f"/proc/{pid}/maps").read_text()
+                    found.append(("worker" if "libtorch" in maps else "courier", int(pid)))
+        return found
+
+    def kill_one(self, pid: int) -> None:
+        """kill -9 of one process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
     def kill(self) -> None:
         """kill -9 of the node and of everything it started."""
         assert self.process is not None

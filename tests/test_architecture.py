@@ -1,6 +1,7 @@
 """Rules about the code base itself."""
 
 import ast
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -93,3 +94,12 @@ def test_no_image_of_a_patient_can_be_in_the_repository() -> None:
         if volume or head[128:] == b"DICM" or (picture and name.parts[:2] != ("docs", "images")):
             suspects.append(str(name))
     assert suspects == []
+
+
+def test_every_link_in_the_documents_leads_to_a_file() -> None:
+    broken = []
+    for page in (p for p in _in_repository() if p.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []

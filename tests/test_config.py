@@ -145,10 +145,8 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"node": {"tls": {"cert": "c"}}}, "node.tls"),
     ({"node": {"journal": "postgresql://h/d"}}, "node.journal"),
     ({"peers": {"a": {"ae_title": "A", "storage_commitment": True}}}, "peers.a.storage_commitment"),
-    ({"peers": {"a": {"ae_title": "A", "tls": True}}}, "peers.a.tls"),
     ({"peers": {"a": {"dicomweb": "https://a/b"}}}, "peers.a.dicomweb"),
     ({"engine": {"ray": {"address": "auto"}}}, "engine"),
     ({"precision": "bf16"}, "precision"),

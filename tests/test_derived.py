@@ -202,10 +202,10 @@ def test_a_prediction_that_is_no_ct_is_refused(value: float, code: str) -> None:
     assert caught.value.code == code
 
 
-def test_a_task_without_a_ct_object_is_refused() -> None:
+def test_a_task_that_nobody_knows_is_refused() -> None:
     with pytest.raises(SeriesRefused) as caught:
-        derive(ct_series(3), identity=dataclasses.replace(DENOISER, task="syn_mr"))
-    assert caught.value.code == "TASK_NOT_YET"
+        derive(ct_series(3), identity=dataclasses.replace(DENOISER, task="guess"))
+    assert caught.value.code == "UNKNOWN_TASK"
 
 
 def test_instances_in_another_order_than_the_volume_are_an_error() -> None:
@@ -302,8 +302,12 @@ def test_every_instance_says_that_it_is_synthetic_and_how_it_came_about() -> Non
         assert [
             (item.Manufacturer, item.PurposeOfReferenceCodeSequence[0].CodeValue)
             for item in ds.ContributingEquipmentSequence
-        ] == [("Phantom Works", "109101"), ("dicomnode", "109100")]
-        scanner, node = ds.ContributingEquipmentSequence
+        ] == [
+            ("Phantom Works", "109101"),
+            ("dicomnode", "109100"),
+            ("Highdicom open-source contributors", "109102"),
+        ]
+        scanner, node, _ = ds.ContributingEquipmentSequence
         assert scanner.ContributionDateTime == "20250102102000.5"
         assert scanner.DeviceSerialNumber == "0815"
         assert "ab" * 32 in node.ContributionDescription
@@ -404,7 +408,7 @@ def test_a_derived_source_that_lists_its_scanner_names_its_maker_as_processing()
         item.PurposeOfReferenceCodeSequence[0].CodeValue
         for item in again.ContributingEquipmentSequence
     ]
-    assert purposes == ["109101", "109100", "109102", "109100"]
+    assert purposes == ["109101", "109100", "109102", "109102", "109100", "109102"]
 
 
 @settings(max_examples=60, deadline=None)

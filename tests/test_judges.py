@@ -69,10 +69,10 @@ def _same_uid(ds: Dataset) -> None:
 FAULTS: list[tuple[Callable[[Dataset], None], bool, set[str]]] = [
     # fault, in every slice or in the middle one only, judges that must see it
     (_moved, False, {"contract"}),
-    (_all_moved, True, {"grid", "contract"}),
+    (_all_moved, True, {"SimpleITK grid", "contract"}),
     (_brighter, False, {"values"}),
     (_steeper, True, {"values"}),
-    (_latin, True, {"dcentvfy", "names", "contract"}),
+    (_latin, True, {"dcentvfy", "dcmtk text", "contract"}),
     (_other_patient, True, {"dcentvfy"}),
     (_no_frame, True, {"dciodvfy", "contract"}),
     (_bad_type, True, {"dciodvfy", "contract"}),

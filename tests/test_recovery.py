@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -132,21 +131,10 @@ def test_a_killed_worker_costs_one_attempt_and_not_the_node(
         return any(job["state"] == "translating" for job in jobs)
 
     wait_for(translating, "the translation to begin")
-    os.kill(child_named(node, "dicomnode.worker", "worker"), signal.SIGKILL)
+    node.kill_one(next(pid for what, pid in node.children() if what == "worker"))
     settled = node.wait_settled(uid)
     assert [(job["state"], job["attempts"]) for job in settled["jobs"]] == [("done", 2)]
     assert archive.count() == SLICES
-
-
-def child_named(node: Node, module: str, what: str) -> int:
-    """The process of the node that has torch loaded: the worker."""
-    assert node.process is not None
-    children = Path(f"/proc/{node.process.pid}/task").glob("*/children")
-    pids = [int(pid) for path in children for pid in path.read_text().split()]
-    for pid in pids:
-        if "torch" in Path(f"/proc/{pid}/maps").read_text():
-            return pid
-    raise AssertionError(f"no {what} ({module}) among {pids}")
 
 
 def test_sigterm_drains_and_the_rest_goes_on_after_the_start(

@@ -36,15 +36,17 @@ def _files(spool: Spool) -> dict[str, bytes]:
 
 
 def test_a_kept_file_lies_under_its_series(spool: Spool) -> None:
-    kept = spool.keep(_part(spool, b"abc"), "1.2", "1.2.3")
+    part = _part(spool, b"abc")
+    kept = spool.keep(part, "1.2", "1.2.3")
     assert kept == spool.root / "received/1.2/1.2.3.dcm"
-    assert _files(spool) == {"received/1.2/1.2.3.dcm": b"abc"}
+    assert kept.samefile(part)  # until the journal has it
+    assert _files(spool) == {"incoming/part": b"abc", "received/1.2/1.2.3.dcm": b"abc"}
     assert list(spool.stored()) == [("1.2", "1.2.3", kept)]
 
 
 def test_a_stored_file_is_never_replaced(spool: Spool) -> None:
     spool.keep(_part(spool, b"first"), "1.2", "1.2.3")
-    assert spool.keep(_part(spool, b"second"), "1.2", "1.2.3") is None
+    assert spool.keep(_part(spool, b"second", "other"), "1.2", "1.2.3") is None
     assert _files(spool)["received/1.2/1.2.3.dcm"] == b"first"
 
 
@@ -61,15 +63,27 @@ def test_two_contradictions_are_both_kept(spool: Spool) -> None:
     assert sorted(_files(spool).values()) == [b"one", b"two"]
 
 
-def test_prepare_removes_what_was_half_received_and_nothing_else(spool: Spool) -> None:
+def test_prepare_removes_half_written_results_and_nothing_else(spool: Spool) -> None:
     spool.keep(_part(spool, b"whole"), "1.2", "1.2.3")
-    _part(spool, b"hal", "tmp1234")
     half = spool.result_path("1.9", "1.9.1").with_suffix(".part")
     half.parent.mkdir()
     half.write_bytes(b"hal")
     write_durably(spool.result_path("1.9", "1.9.2"), b"done")
     spool.prepare()
-    assert _files(spool) == {"received/1.2/1.2.3.dcm": b"whole", "results/1.9/1.9.2.dcm": b"done"}
+    assert _files(spool) == {
+        "incoming/part": b"whole",
+        "received/1.2/1.2.3.dcm": b"whole",
+        "results/1.9/1.9.2.dcm": b"done",
+    }
+
+
+def test_leftovers_tell_what_was_kept_from_what_was_cut_off(spool: Spool) -> None:
+    spool.keep(_part(spool, b"whole", "kept"), "1.2", "1.2.3")
+    _part(spool, b"hal", "half")
+    assert {(path.name, kept) for path, kept in spool.leftovers()} == {
+        ("kept", True),
+        ("half", False),
+    }
 
 
 def test_a_result_is_written_again_with_the_same_bytes(spool: Spool) -> None:
@@ -125,7 +139,7 @@ def test_a_disk_that_refuses_the_place_is_out_of_resources(spool: Spool) -> None
 # names
 
 
-@given(st.lists(st.integers(0, 10**20), min_size=1, max_size=3))
+@given(st.lists(st.integers(0, 10**20 - 1), min_size=1, max_size=3))
 def test_a_uid_is_taken_as_it_is(parts: list[int]) -> None:
     text = ".".join(map(str, parts))
     assert checked_uid(text, "SOPInstanceUID") == text

@@ -1,8 +1,10 @@
 """Training end to end on generated patients: data, split, resume, package; and its figures."""
 
+import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,10 +26,11 @@ from tests.factories import ct_series
 from training import train
 from training.baselines import gaussian, non_local_means
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.config import Details, LowDose, TrainConfig, load_config
-from training.data import draw_batch, draw_details, load_samples
+from training.compare import filter_at_same_noise, turned_down
+from training.config import Details, Folder, LowDose, TrainConfig, load_config
+from training.data import Sample, draw_batch, draw_details, load_samples
 from training.errors import TrainingError
-from training.evaluate import Figures, SliceFigures
+from training.figures import Figures, SliceFigures, denoiser, evaluate_samples
 from training.lowdose import insert_low_dose, measure_noise, own_noise_again
 from training.metrics import (
     Insert,
@@ -42,8 +45,10 @@ from training.metrics import (
 from training.split import split_patients
 
 SIZE, SPACING_MM = 128, 2.4
+ROOT = Path(__file__).parents[1]
 
 
+@functools.cache
 def slice_hu(seed: int, photons: float = 4e5) -> NDArray[np.float32]:
     """A body with fat, muscle, lung and bone, and its own noise, (128, 128), float32, HU."""
     rng = np.random.default_rng(seed)
@@ -57,7 +62,7 @@ def slice_hu(seed: int, photons: float = 4e5) -> NDArray[np.float32]:
         place = rng.uniform(-30, 30, 2)
         hu[np.hypot(row - place[0], column - place[1]) < 3] += rng.uniform(-60, 60)
     hu = ndimage.gaussian_filter(hu, 0.6)
-    return hu + quantum_noise(hu[None], SPACING_MM, math.inf, photons, rng, views=90)[0]
+    return hu + quantum_noise(hu[None], SPACING_MM, math.inf, photons, rng, views=36)[0]
 
 
 def write_series(folder: Path, patient: str, seed: int, slices: int = 2, **tags: str) -> None:
@@ -108,7 +113,7 @@ def write_config(patients: Path, tmp_path: Path, **changes: object) -> Path:
             "validation_fraction": 0.17,
             "test_fraction": 0.34,
         },
-        "low_dose": {"realisations": 2},
+        "low_dose": {"realisations": 2, "views": 36},
         "details": {"share": 0.5},
         "generator": {"architecture": "residual_denoiser", "options": {"width": 8, "blocks": 1}},
         "optimisation": {"steps": 8, "batch_size": 4, "patch": 32},
@@ -117,6 +122,14 @@ def write_config(patients: Path, tmp_path: Path, **changes: object) -> Path:
     path = tmp_path / "debug.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+@pytest.fixture(scope="module")
+def samples(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """The slices of the six patients, with their noise."""
+    folder = tmp_path_factory.mktemp("samples")
+    config = load_config(write_config(patients, folder))
+    return load_samples(config.data, config.low_dose, 1, folder / "cache")[0]
 
 
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -134,7 +147,7 @@ def test_training_ends_in_a_package_that_removes_noise(patients: Path, tmp_path:
     model = load_model(read_package(tmp_path / "package"))
     clean = slice_hu(77)
     rng = np.random.default_rng(1)
-    low = insert_low_dose(clean, own_noise_again(clean, SPACING_MM, 1, rng)[0], 0.25)
+    low = insert_low_dose(clean, own_noise_again(clean, SPACING_MM, 1, rng, views=60)[0], 0.25)
     stored = np.clip(np.rint(low) + 1024, 0, 4095).astype(np.uint16)
     source, _ = volume_from_datasets(ct_series(2, SIZE, SIZE, stored=np.stack([stored] * 2)))
     body, window = body_mask(clean), (-160.0, 240.0)
@@ -170,7 +183,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(patients: Path, tmp_
     path = write_config(patients, tmp_path, colour="blue")
     done = subprocess.run(
         [sys.executable, "training/train.py", str(path)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -183,8 +196,8 @@ def test_the_evaluation_prints_the_figures_of_the_package(patients: Path, tmp_pa
     path = write_config(patients, tmp_path)
     train.main([str(path)])
     done = subprocess.run(
-        [sys.executable, "training/evaluate.py", str(path), "baselines=yes"],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "training/evaluate.py", str(path), "compare=yes"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -193,8 +206,7 @@ def test_the_evaluation_prints_the_figures_of_the_package(patients: Path, tmp_pa
     mean, low, high = manifest.validation["gain_db"]
     assert "2 patients, 4 slices" in done.stdout
     assert f"{mean:8.3f}  [{low:.3f}, {high:.3f}]" in done.stdout
-    assert "Gaussian" in done.stdout
-    assert "non-local means" in done.stdout
+    assert "network turned down to the PSNR of that non-local means" in done.stdout
 
 
 # --- configuration
@@ -215,11 +227,13 @@ def test_a_wrong_key_is_refused(patients: Path, tmp_path: Path, override: str, r
         load_config(write_config(patients, tmp_path), [override])
 
 
-@pytest.mark.parametrize("path", sorted(Path("training/configs").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training/configs").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_shipped_config_can_be_read(path: Path) -> None:
     config = load_config(path)
-    assert Path(config.card).exists()
-    assert Path(config.data.split).exists()
+    assert (ROOT / config.card).exists()
+    assert (ROOT / config.data.split).exists()
 
 
 def test_what_does_not_shape_the_weights_does_not_change_the_digest(config: TrainConfig) -> None:
@@ -264,14 +278,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
 # --- data and split
 
 
-def test_the_same_pixels_in_two_folders_count_once(
-    config: TrainConfig, patients: Path, tmp_path: Path
-) -> None:
-    folder = config.data.folders[0]
-    doubled = replace(config.data, folders=(folder, folder))
-    samples, left_out = load_samples(doubled, config.low_dose, 1, tmp_path / "cache")
-    assert len(samples) == 12
-    assert left_out["DUPLICATE_PIXELS"] == 12
+def test_the_same_pixels_in_two_folders_count_once(config: TrainConfig, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_series(root / "ct", "P1", 1)
+    shutil.copytree(root / "ct", root / "again")
+    folders = (replace_path(config, "ct"), replace_path(config, "again"))
+    data = replace(config.data, root=str(root), folders=folders)
+    samples, left_out = load_samples(data, config.low_dose, 1, tmp_path / "cache")
+    assert len(samples) == 2
+    assert left_out["DUPLICATE_PIXELS"] == 2
 
 
 def test_slices_of_excluded_kernels_are_left_out(config: TrainConfig, tmp_path: Path) -> None:
@@ -298,12 +313,15 @@ def test_an_empty_folder_is_named(config: TrainConfig, tmp_path: Path) -> None:
         load_samples(data, config.low_dose, 1, tmp_path / "cache")
 
 
-def replace_path(config: TrainConfig, path: str):  # type: ignore[no-untyped-def]
+def replace_path(config: TrainConfig, path: str) -> Folder:
     return replace(config.data.folders[0], path=path)
 
 
-def test_cached_slices_equal_fresh_ones(config: TrainConfig, tmp_path: Path) -> None:
+def test_cached_slices_equal_fresh_ones(
+    config: TrainConfig, samples: list[Sample], tmp_path: Path
+) -> None:
     fresh, _ = load_samples(config.data, config.low_dose, 1, tmp_path / "cache")
+    np.testing.assert_array_equal(fresh[3].noise, samples[3].noise)
     cached, _ = load_samples(config.data, config.low_dose, 1, tmp_path / "cache")
     for one, other in zip(fresh, cached, strict=True):
         np.testing.assert_array_equal(one.hu, other.hu)
@@ -319,7 +337,7 @@ def test_a_split_is_written_once_and_then_kept(tmp_path: Path) -> None:
     again = split_patients(tmp_path / "s.yaml", reversed(everyone), ["p3"], **{**PARTS, "seed": 2})
     assert first == again
     assert "p3" in first["train"]
-    assert sorted(sum((list(part) for part in first.values()), [])) == sorted(everyone)
+    assert sorted(patient for part in first.values() for patient in part) == sorted(everyone)
 
 
 @pytest.mark.parametrize(
@@ -340,9 +358,7 @@ def test_a_split_that_would_leak_is_refused(
         split_patients(tmp_path / "s.yaml", ["a", "b", "c"], ["a"], **PARTS)
 
 
-def test_a_batch_is_a_function_of_seed_and_step(config: TrainConfig, tmp_path: Path) -> None:
-    samples, _ = load_samples(config.data, config.low_dose, 1, tmp_path / "cache")
-
+def test_a_batch_is_a_function_of_seed_and_step(config: TrainConfig, samples: list[Sample]) -> None:
     def batch(step: int) -> torch.Tensor:
         rng = np.random.default_rng([1, step])
         window = train.window_of(config)
@@ -352,8 +368,7 @@ def test_a_batch_is_a_function_of_seed_and_step(config: TrainConfig, tmp_path: P
     assert not torch.equal(batch(5), batch(6))
 
 
-def test_full_dose_samples_are_their_own_target(config: TrainConfig, tmp_path: Path) -> None:
-    samples, _ = load_samples(config.data, config.low_dose, 1, tmp_path / "cache")
+def test_full_dose_samples_are_their_own_target(config: TrainConfig, samples: list[Sample]) -> None:
     batch = draw_batch(
         samples,
         train.window_of(config),
@@ -378,14 +393,14 @@ def test_details_are_small_and_of_the_declared_contrast() -> None:
 
 
 def test_the_noise_of_a_slice_is_measured_in_its_uniform_tissue() -> None:
-    noisy, noisier = (measure_noise(slice_hu(1, photons), SPACING_MM) for photons in (4e5, 1e5))
+    noisy, noisier = (measure_noise(slice_hu(1, photons), SPACING_MM) for photons in (3e6, 7.5e5))
     assert noisier.deviation_hu / noisy.deviation_hu == pytest.approx(2.0, rel=0.25)
 
 
 @pytest.mark.parametrize("dose", [0.5, 0.25, 0.1])
 def test_a_lower_dose_measures_as_one(dose: float) -> None:
-    hu = slice_hu(1)
-    extra = own_noise_again(hu, SPACING_MM, 1, np.random.default_rng(0))[0]
+    hu = slice_hu(1, 3e6)
+    extra = own_noise_again(hu, SPACING_MM, 1, np.random.default_rng(0), views=60)[0]
     low = insert_low_dose(hu, extra, dose)
     ratio = measure_noise(low, SPACING_MM).deviation_hu / measure_noise(hu, SPACING_MM).deviation_hu
     assert ratio == pytest.approx(math.sqrt(1 / dose), rel=0.15)
@@ -415,7 +430,7 @@ def test_psnr_looks_only_into_mask_and_window() -> None:
 
 
 def test_the_body_holds_its_lung_and_not_the_table() -> None:
-    hu = slice_hu(1)
+    hu = slice_hu(1).copy()
     hu[124:127, 20:100] = 100
     mask = body_mask(hu)
     assert mask[58, 88]
@@ -471,6 +486,32 @@ def test_figures_are_means_over_patients_and_not_over_slices() -> None:
     figures = Figures([figure("a", 1.0)] * 9 + [figure("b", 3.0)])
     assert figures.gain_db[0] == pytest.approx(2.0)
     assert math.isnan(figures.bias_hu("bone")[0])
+
+
+def test_a_network_that_changes_nothing_gains_nothing_and_loses_nothing(
+    config: TrainConfig, samples: list[Sample]
+) -> None:
+    untrained = train.build_recipe(config).result()
+    figures = evaluate_samples(denoiser(untrained, train.window_of(config)), samples[:3])
+    assert figures.gain_db == (0.0, 0.0, 0.0)
+    assert figures.noise[0] == figures.insert(0)[0] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_network_turned_down_to_a_filters_psnr_has_that_psnr(
+    config: TrainConfig, samples: list[Sample]
+) -> None:
+    held_out, dose = samples[:2], 0.1
+    strong = evaluate_samples(lambda low: gaussian(low, 1, [1.0])[0], held_out, dose)
+    weak = evaluate_samples(lambda low: gaussian(low, 1, [0.4])[0], held_out, dose)
+    lowered = turned_down(lambda low: gaussian(low, 1, [1.0])[0], held_out, dose, weak)
+    assert weak.psnr[0] < strong.psnr[0]
+    assert lowered.psnr[0] == pytest.approx(weak.psnr[0], abs=0.2)
+
+
+def test_a_filter_of_equal_noise_leaves_that_noise(samples: list[Sample]) -> None:
+    goal = evaluate_samples(lambda low: gaussian(low, SPACING_MM, [1.2])[0], samples[:2], 0.25)
+    matched = filter_at_same_noise("Gaussian", samples[:2], 0.25, goal)
+    assert matched.noise[0] == pytest.approx(goal.noise[0], abs=1e-6)
 
 
 def test_an_interval_holds_its_mean_and_shrinks_to_it_without_spread() -> None:

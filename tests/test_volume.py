@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
@@ -17,13 +18,16 @@ from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
+from scipy.spatial.transform import Rotation
 
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.pixels import Encoding, encode, encoding_of, without_loss
@@ -36,6 +40,7 @@ from tests.factories import (
     TILTED,
     changed,
     ct_series,
+    enhanced,
     localizer,
     not_an_image,
     secondary_capture,
@@ -46,6 +51,7 @@ REAL = Path(__file__).parents[1].parent / "shared" / "data" / "dicom"
 POSITIONS = ("HFS", "HFP", "FFS", "FFP", "HFDL", "HFDR", "FFDL", "FFDR")
 SYNTAXES = (
     ExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     DeflatedExplicitVRLittleEndian,
     RLELossless,
@@ -101,6 +107,97 @@ def test_any_order_of_any_orientation_gives_the_same_volume(
     assert np.allclose(volume.spacing_mm, (2.5, 0.703125, 0.6), atol=1e-5)
 
 
+@st.composite
+def grids(draw: st.DrawFn) -> dict[str, Any]:
+    """Any grid: plane, oblique by up to 40 degrees, spacing, origin, gantry tilt, direction."""
+    axes = np.asarray(draw(st.sampled_from([AXIAL, CORONAL, SAGITTAL]))).reshape(2, 3)
+    turn = Rotation.from_euler("xyz", draw(st.tuples(*[st.integers(-40, 40)] * 3)), degrees=True)
+    axes = turn.apply(axes)
+    normal = np.cross(axes[0], axes[1])
+    tilt = np.tan(np.radians(draw(st.integers(-25, 25))))
+    return {
+        "orientation": tuple(axes.ravel()),
+        "travel": draw(st.sampled_from([1, -1])) * (normal + tilt * axes[1]),
+        "step_mm": draw(st.sampled_from([0.625, 1.25, 3.27, 5.0])),
+        "pixel_spacing": draw(
+            st.sampled_from([("0.7", "0.7"), ("0.9765625", "0.5"), ("3.27", "1")])
+        ),
+        "origin": draw(st.tuples(*[st.integers(-300, 300)] * 3)),
+        "patient_position": draw(st.sampled_from(POSITIONS)),
+    }
+
+
+def _at(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the patient holds at points (..., 3), LPS mm: a plane wave in general direction."""
+    return np.rint(2000 + 1500 * np.sin(points @ (0.013, 0.021, -0.017)))
+
+
+def _points(positions: Any, orientation: Any, spacing: Any, shape: tuple[int, ...]) -> Any:
+    """LPS mm of every voxel, (slices, rows, columns, 3), as PS3.3 C.7.6.2.1.1 has it."""
+    across, down = np.asarray(orientation, float).reshape(2, 3)
+    rows, columns = np.indices(shape[1:])
+    step = rows[..., None] * (spacing[0] * down) + columns[..., None] * (spacing[1] * across)
+    return np.asarray(positions)[:, None, None, :] + step
+
+
+@settings(max_examples=60, deadline=None)
+@given(grid=grids(), shuffle=st.randoms(use_true_random=False), multi_frame=st.booleans())
+def test_every_voxel_of_any_grid_lies_where_the_patient_has_it(
+    grid: dict[str, Any], shuffle: random.Random, multi_frame: bool
+) -> None:
+    blank = ct_series(4, 5, 6, **grid)
+    positions = [[float(v) for v in ds.ImagePositionPatient] for ds in blank]
+    spacing = [float(v) for v in blank[0].PixelSpacing]
+    stored = _at(_points(positions, grid["orientation"], spacing, (4, 5, 6)))
+    series = ct_series(4, 5, 6, stored=stored, intercept="0", **grid)
+    shuffle.shuffle(series)
+    volume, ordered = volume_from_datasets([enhanced(series)] if multi_frame else series)
+    there = _points(volume.positions, volume.orientation, volume.spacing_mm[1:], (4, 5, 6))
+    assert np.abs(volume.voxels - _at(there)).max() <= 1  # rounding at the edge of a step
+    normal = np.cross(volume.orientation[:3], volume.orientation[3:])
+    assert np.all(np.diff(volume.positions @ normal) > 0)
+    assert abs(volume.spacing_mm[0] - grid["step_mm"]) < 1e-4
+    aside = grid["travel"] - (grid["travel"] @ normal) * normal
+    assert volume.sheared == (np.linalg.norm(aside) > 1e-3)
+    assert len(ordered) == 4
+
+
+def test_a_tilted_gantry_is_known_and_positions_are_kept() -> None:
+    series = ct_series(4, orientation=TILTED, travel=(0, 0, 1))
+    volume, ordered = volume_from_datasets(series)
+    assert volume.sheared
+    assert abs(volume.tilt_degrees - 18.5) < 0.01
+    assert volume.positions.tolist() == [
+        [float(v) for v in d.ImagePositionPatient] for d in ordered
+    ]
+    assert not volume_from_datasets(ct_series(4))[0].sheared
+
+
+def test_spacing_comes_from_positions_whatever_headers_say() -> None:
+    lies = {"SpacingBetweenSlices": "-10", "SliceThickness": "7", "SliceLocation": "0"}
+    volume, _ = volume_from_datasets(changed(ct_series(4, step_mm=1.25), **lies))
+    assert abs(volume.spacing_mm[0] - 1.25) < 1e-6
+
+
+def test_each_slice_has_its_own_slope_and_intercept() -> None:
+    series = ct_series(3, bits_stored=16, signed=True)
+    stored = [ds.pixel_array for ds in series]
+    scaled = [
+        changed([ds], RescaleSlope=f"{0.5 + k}", RescaleIntercept=f"{-1000 - k}")[0]
+        for k, ds in enumerate(series)
+    ]
+    volume, _ = volume_from_datasets(scaled)
+    for k, plane in enumerate(volume.voxels):
+        assert np.array_equal(plane, (stored[k] * (0.5 + k) - 1000 - k).astype(np.float32))
+
+
+def test_monochrome1_changes_the_display_not_the_values() -> None:
+    series = ct_series(3)
+    plain, _ = volume_from_datasets(series)
+    inverse, _ = volume_from_datasets(changed(series, PhotometricInterpretation="MONOCHROME1"))
+    assert np.array_equal(plain.voxels, inverse.voxels)
+
+
 def test_a_voxel_lies_where_its_instance_says() -> None:
     series = ct_series(3, 6, 7, orientation=CORONAL, seed=3)
     volume, ordered = volume_from_datasets(series[::-1])
@@ -134,6 +231,42 @@ def test_a_truncated_frame_is_undecodable(syntax: UID) -> None:
     whole = get_frame(series[1].PixelData, 0, number_of_frames=1)
     series[1].PixelData = encapsulate([whole[: len(whole) // 2]])
     assert code_of(series) == "UNDECODABLE"
+
+
+@pytest.mark.parametrize("broken", [0, 1, 4])
+def test_an_undecodable_slice_is_left_out_at_an_end_and_refuses_the_stack_within(
+    broken: int,
+) -> None:
+    series = ct_series(5, 64, 64, syntax=JPEGLSLossless)
+    whole = get_frame(series[broken].PixelData, 0, number_of_frames=1)
+    series[broken].PixelData = encapsulate([whole[: len(whole) // 2]])
+    if broken == 1:
+        assert code_of(series) == "UNDECODABLE"
+        return
+    volume, ordered = volume_from_datasets(series[::-1])
+    rest = [ds for ds in series if ds is not series[broken]]
+    assert [ds.SOPInstanceUID for ds in ordered] == [ds.SOPInstanceUID for ds in rest]
+    assert np.array_equal(volume.voxels, volume_from_datasets(rest)[0].voxels)
+    assert len(volume.positions) == len(volume.digests) == 4
+    assert [item.code for item in volume.left_out] == ["UNDECODABLE"]
+    assert volume.left_out[0].sop_instance_uid == series[broken].SOPInstanceUID
+
+
+def test_a_stack_that_is_too_small_without_its_broken_slice_is_refused() -> None:
+    series = ct_series(2, 64, 64, syntax=JPEGLSLossless)
+    series[0].PixelData = encapsulate([b"broken"])
+    assert code_of(series) == "SINGLE_SLICE"
+
+
+@pytest.mark.parametrize("syntax", ["53", "55", "51"])
+def test_a_syntax_without_decoder_is_undecodable_even_where_lossy_is_allowed(syntax: str) -> None:
+    series = ct_series(3, LossyImageCompression="01")
+    for ds in series:
+        ds.PixelData = encapsulate([bytes(64)])
+        ds["PixelData"].is_undefined_length = True
+        ds.file_meta.TransferSyntaxUID = UID(f"1.2.840.10008.1.2.4.{syntax}")
+    assert code_of(series) == "UNDECODABLE"
+    assert code_of(series, allow_lossy=True) == "UNDECODABLE"
 
 
 def test_padding_is_known_even_if_written_as_unsigned_beside_signed_pixels() -> None:
@@ -262,8 +395,10 @@ def test_a_lossy_source_is_used_only_if_the_route_says_so() -> None:
     [
         ("NOT_CT", {"SOPClassUID": UID("1.2.840.10008.5.1.4.1.1.4")}),
         ("NOT_AN_IMAGE", {"PixelData": None}),
-        ("ENHANCED_NOT_YET", {"SOPClassUID": EnhancedCTImageStorage}),
-        ("ENHANCED_NOT_YET", {"NumberOfFrames": 2}),
+        ("NO_GEOMETRY", {"SOPClassUID": EnhancedCTImageStorage}),
+        ("NOT_SINGLE_FRAME", {"NumberOfFrames": 2}),
+        ("MOSAIC", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}),
+        ("NOT_CT_MR_PET", {"SOPClassUID": SecondaryCaptureImageStorage}),
         ("LOCALIZER", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
         ("COLOUR", {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}),
         ("NOT_16_BIT", {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}),
@@ -293,7 +428,7 @@ def test_a_series_of_this_kind_is_refused(code: str, attributes: dict[str, Any])
         ("MIXED_FRAME", {"FrameOfReferenceUID": "1.2.3"}),
         ("MIXED_SERIES", {"StudyInstanceUID": "1.2.3"}),
         ("MIXED_SERIES", {"SeriesInstanceUID": None}),
-        ("ENHANCED_NOT_YET", {"SOPClassUID": EnhancedCTImageStorage}),
+        ("NO_GEOMETRY", {"SOPClassUID": EnhancedCTImageStorage}),
     ],
 )
 def test_one_slice_that_does_not_belong_refuses_the_series(
@@ -366,8 +501,8 @@ def test_a_real_ct_series_is_a_volume(
     [
         ("odd/ct_inconsistent_slice_increment_GE", "MISSING_SLICES"),
         ("odd/ct_same_position_bolus_monitoring", "DUPLICATE_POSITIONS"),
-        ("odd/enhanced_ct_supplemental_color", "ENHANCED_NOT_YET"),
-        ("odd/enhanced_mr_Philips", "ENHANCED_NOT_YET"),
+        ("odd/enhanced_ct_supplemental_color", "COLOUR"),
+        ("odd/enhanced_mr_Philips", "NOT_CT"),
         ("odd/mr_mixed_orientation_Philips", "NOT_CT"),
     ],
 )

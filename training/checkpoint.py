@@ -13,6 +13,9 @@ import torch
 from training.errors import TrainingError
 from training.recipes import Recipe
 
+DAMAGE = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+"""What torch raises for a file that is not whole."""
+
 
 def save_checkpoint(path: Path, recipe: Recipe, step: int, config_digest: str) -> None:
     """Write beside, fsync, rename: a crash leaves the old checkpoint or the new one."""
@@ -47,5 +50,5 @@ def load_checkpoint(path: Path, recipe: Recipe, config_digest: str) -> int:
             )
         recipe.load_state_dict(state["recipe"])
         return int(state["step"])
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error

@@ -47,6 +47,8 @@ class LowDose:
 
     realisations: int = 4
     """Independent noise images per slice."""
+    views: int = 360
+    """Projections per half turn that make the noise."""
     lowest: float = 0.1
     highest: float = 0.6
     """Doses are drawn between these fractions of the slice's own, evenly on a log scale."""

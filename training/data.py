@@ -172,7 +172,7 @@ def _load(
 ) -> Sample | str:
     """The slice of one file, or why it is left out."""
     content = path.read_bytes()
-    recipe = f"{CACHE_FORMAT} {low_dose.realisations} {seed} "
+    recipe = f"{CACHE_FORMAT} {low_dose.realisations} {low_dose.views} {seed} "
     key = hashlib.sha256(recipe.encode() + content).hexdigest()[:32]
     try:
         dataset = dcmread(path)
@@ -205,7 +205,7 @@ def _simulate(
     try:
         volume, _ = volume_from_datasets([dataset], "HU", min_slices=1)
         hu, spacing = volume.voxels[0], volume.spacing_mm[2]
-        noise = own_noise_again(hu, spacing, low_dose.realisations, rng)
+        noise = own_noise_again(hu, spacing, low_dose.realisations, rng, low_dose.views)
     except SeriesRefused as error:
         return error.code
     except TrainingError:

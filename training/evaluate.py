@@ -2,118 +2,31 @@
 
     python training/evaluate.py training/configs/ldct-denoise.yaml
     python training/evaluate.py training/configs/ldct-denoise.yaml part=validation dose=0.1
-    python training/evaluate.py training/configs/ldct-denoise.yaml baselines=yes
+    python training/evaluate.py training/configs/ldct-denoise.yaml patients=yes
+    python training/evaluate.py training/configs/ldct-denoise.yaml compare=yes
 
 Figures are means over patients; an interval is the 95 % bootstrap interval over patients.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dicomnode.errors import ConfigError, DicomNodeError
 from dicomnode.imaging.inference import load_model
-from dicomnode.imaging.networks import Generator, Scale, run_generator
 from dicomnode.imaging.package import read_package
-from training.baselines import GAUSSIAN_SIGMAS_MM, MEANS_STRENGTHS, gaussian, non_local_means
+from training.compare import FILTERS, filter_at_same_noise, filter_at_same_psnr, turned_down
 from training.config import load_config
 from training.data import Sample, load_samples
-from training.lowdose import measure_noise
-from training.metrics import (
-    INSERTS,
-    SOFT_TISSUE_WINDOW,
-    TISSUES,
-    Image,
-    body_mask,
-    edge_retention,
-    insert_image,
-    insert_recovery,
-    interval,
-    noise_left,
-    psnr,
-    tissue_masks,
-)
+from training.figures import Denoiser, Figures, denoiser, evaluate_samples
+from training.metrics import INSERTS, TISSUES
 from training.split import PARTS, read_split
-
-Denoiser = Callable[[Image], Image]
-
-
-@dataclass(frozen=True, slots=True)
-class SliceFigures:
-    """One method on one slice."""
-
-    patient: str
-    psnr_low: float
-    """Of the low-dose input, dB."""
-    psnr: float
-    """Of the result, dB."""
-    bias_hu: Mapping[str, float]
-    """Tissue -> mean of result minus full dose; only tissues with 200 pixels or more."""
-    edges: float
-    """Edge retention."""
-    inserts: tuple[float, ...]
-    """Insert recovery, in the order of metrics.INSERTS."""
-    noise: float
-    """Noise left in soft tissue, as a share of the input's."""
-
-
-Interval = tuple[float, float, float]
-
-
-class Figures:
-    """One method on all slices, averaged by patient: mean, low end, high end."""
-
-    def __init__(self, slices: Sequence[SliceFigures]) -> None:
-        self.slices = tuple(slices)
-
-    @cached_property
-    def patients(self) -> tuple[str, ...]:
-        return tuple(sorted({item.patient for item in self.slices}))
-
-    def over_patients(self, value: Callable[[SliceFigures], float | None]) -> Interval:
-        """Slices are averaged within a patient first; a slice without the value is skipped."""
-        means = []
-        for patient in self.patients:
-            own = [value(item) for item in self.slices if item.patient == patient]
-            known = [number for number in own if number is not None]
-            if known:
-                means.append(float(np.mean(known)))
-        return interval(means) if means else (float("nan"),) * 3
-
-    @property
-    def gain_db(self) -> Interval:
-        return self.over_patients(lambda item: item.psnr - item.psnr_low)
-
-    @property
-    def psnr_low(self) -> Interval:
-        return self.over_patients(lambda item: item.psnr_low)
-
-    @property
-    def psnr(self) -> Interval:
-        return self.over_patients(lambda item: item.psnr)
-
-    @property
-    def edges(self) -> Interval:
-        return self.over_patients(lambda item: item.edges)
-
-    def bias_hu(self, tissue: str) -> Interval:
-        return self.over_patients(lambda item: item.bias_hu.get(tissue))
-
-    @property
-    def noise(self) -> Interval:
-        return self.over_patients(lambda item: item.noise)
-
-    def insert(self, index: int) -> Interval:
-        return self.over_patients(lambda item: item.inserts[index])
 
 
 def main(argv: Sequence[str]) -> None:
-    options = {"part": "test", "dose": "0.25", "package": "", "baselines": "no"}
+    options = {"part": "test", "dose": "0.25", "package": "", "patients": "no", "compare": "no"}
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
     options |= dict(word.split("=", 1) for word in own)
@@ -131,91 +44,34 @@ def main(argv: Sequence[str]) -> None:
     print(f"{options['part']} at {dose:g} of the dose: ", end="")
     print(f"{len(figures.patients)} patients, {len(figures.slices)} slices\n")
     print_figures(model.package.name, figures)
-    if options["baselines"] == "yes":
-        for name in FILTERS:
-            print_figures(name, evaluate_filter(name, held_out, dose, figures))
+    if options["patients"] == "yes":
+        print_patients(figures)
+    if options["compare"] == "yes":
+        compare(network, held_out, dose, figures)
 
 
-def evaluate_samples(
-    apply: Denoiser, samples: Sequence[Sample], dose: float = 0.25, realisation: int = 0
-) -> Figures:
-    """`apply` on every sample at `dose`."""
-    return Figures(
-        [_evaluate(apply, sample, sample.at_dose(dose, realisation)) for sample in samples]
-    )
+def compare(network: Denoiser, samples: Sequence[Sample], dose: float, figures: Figures) -> None:
+    """The network beside each filter, at equal PSNR and at equal noise."""
+    for name in FILTERS:
+        nearest = filter_at_same_psnr(name, samples, dose, figures)
+        print_figures(f"{name}, strength of nearest PSNR", nearest)
+        lowered = turned_down(network, samples, dose, nearest)
+        print_figures(f"network turned down to the PSNR of that {name}", lowered)
+        equal = filter_at_same_noise(name, samples, dose, figures)
+        print_figures(f"{name}, strength of equal noise", equal)
 
 
-def denoiser(generator: Generator, window: Scale) -> Denoiser:
-    """A residual generator as a function of one slice, (rows, columns), float32, HU."""
-
-    def apply(low: Image) -> Image:
-        result: Image = run_generator(generator, low[None], window, window, residual=True)[0]
-        return result
-
-    return apply
-
-
-def evaluate_filter(name: str, samples: Sequence[Sample], dose: float, goal: Figures) -> Figures:
-    """A filter at the strength, chosen slice by slice, whose PSNR is nearest to the network's.
-
-    That is its best strength where it does not reach the network, and no more smoothing than it
-    needs where it does: the choice knows the full-dose image, to the filter's advantage.
-    """
-    family, strengths = FILTERS[name]
-    results = []
-    for sample, reached in zip(samples, goal.slices, strict=True):
-        low, body = sample.at_dose(dose, 0), body_mask(sample.hu)
-        filtered = family(sample, low)
-        distances = [
-            abs(psnr(image, sample.hu, body, SOFT_TISSUE_WINDOW) - reached.psnr)
-            for image in filtered(low, strengths)
-        ]
-        best = strengths[int(np.argmin(distances))]
-        results.append(_evaluate(_at_strength(filtered, best), sample, low))
-    return Figures(results)
-
-
-Filter = Callable[[Image, Sequence[float]], list[Image]]
-
-
-def _gaussian_for(sample: Sample, low: Image) -> Filter:
-    return lambda image, sigmas_mm: gaussian(image, sample.pixel_spacing_mm, sigmas_mm)
-
-
-def _means_for(sample: Sample, low: Image) -> Filter:
-    noise = measure_noise(low, sample.pixel_spacing_mm).deviation_hu
-    return lambda image, strengths: non_local_means(image, noise, strengths)
-
-
-FILTERS: Mapping[str, tuple[Callable[[Sample, Image], Filter], Sequence[float]]] = {
-    "Gaussian": (_gaussian_for, GAUSSIAN_SIGMAS_MM),
-    "non-local means": (_means_for, MEANS_STRENGTHS),
-}
-
-
-def _at_strength(filtered: Filter, strength: float) -> Denoiser:
-    return lambda image: filtered(image, [strength])[0]
-
-
-def _evaluate(apply: Denoiser, sample: Sample, low: Image) -> SliceFigures:
-    truth, spacing = sample.hu, sample.pixel_spacing_mm
-    body = body_mask(truth)
-    result = apply(low)
-    error = result - truth
-    tissues = tissue_masks(truth, spacing, body)
-    rng = np.random.default_rng(int(sample.digest[:8], 16))
-    return SliceFigures(
-        sample.patient,
-        psnr(low, truth, body, SOFT_TISSUE_WINDOW),
-        psnr(result, truth, body, SOFT_TISSUE_WINDOW),
-        {name: float(error[mask].mean()) for name, mask in tissues.items() if mask.sum() >= 200},
-        edge_retention(result, truth, spacing, body),
-        tuple(
-            insert_recovery(apply(low + inserted), result, inserted)
-            for inserted in (insert_image(truth, spacing, insert, rng) for insert in INSERTS)
-        ),
-        noise_left(result, low, truth, tissues["soft tissue"]),
-    )
+def print_patients(figures: Figures) -> None:
+    """A line per patient, who is named by the place in the sorted hashes."""
+    for number, patient in enumerate(figures.patients, start=1):
+        own = Figures([item for item in figures.slices if item.patient == patient])
+        bias = ", ".join(f"{tissue} {own.bias_hu(tissue)[0]:.2f}" for tissue in TISSUES)
+        print(
+            f"patient {number}: {len(own.slices)} slices, gain {own.gain_db[0]:.2f} dB, "
+            f"edges {own.edges[0]:.2f}, inserts "
+            f"{', '.join(f'{own.insert(i)[0]:.2f}' for i in range(len(INSERTS)))}, bias HU: {bias}"
+        )
+    print(flush=True)
 
 
 def print_figures(name: str, figures: Figures) -> None:

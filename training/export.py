@@ -27,7 +27,7 @@ from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.projection import quantum_noise
 from training.config import TrainConfig, window_of
 from training.data import Sample
-from training.evaluate import Figures
+from training.figures import Figures
 from training.metrics import INSERTS, TISSUES
 from training.split import PARTS, Split
 

@@ -61,6 +61,7 @@ def own_noise_again(
     pixel_spacing_mm: float,
     realisations: int,
     rng: np.random.Generator,
+    views: int = 360,
 ) -> NDArray[np.float32]:
     """Further noise like the slice's own: what half the dose would add.
 
@@ -80,6 +81,7 @@ def own_noise_again(
         math.inf,
         REFERENCE_PHOTONS,
         rng,
+        views=views,
         cutoff_per_mm=kernel_cutoff(own.correlation, pixel_spacing_mm),
     )
     _, blocks = _soft_tissue_blocks(hu, pixel_spacing_mm)

@@ -20,8 +20,8 @@ from dicomnode.imaging.networks import build_generator
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import TrainConfig, load_config, window_of
 from training.data import Sample, draw_batch, load_samples
-from training.evaluate import Figures, denoiser, evaluate_samples
 from training.export import export_package
+from training.figures import Figures, denoiser, evaluate_samples
 from training.recipes import Recipe
 from training.recipes.supervised import Supervised
 from training.split import Split, split_patients

@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
     CTImageStorage,
+    EnhancedCTImageStorage,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
+    LegacyConvertedEnhancedCTImageStorage,
 )
 
 from dicomnode.errors import SeriesRefused
@@ -32,6 +35,9 @@ _STRICT_PLUGIN = {  # others, if installed, give an image for a truncated frame,
     JPEGLSLossless: "pyjpegls",
     JPEGLSNearLossless: "pyjpegls",
 }
+
+
+_CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,8 @@ def encoding_of(dataset: Dataset) -> Encoding:
     PixelPaddingValue is read by its bits, since real files carry it as US beside signed pixels.
 
     Raises:
-        SeriesRefused: NOT_16_BIT, NOT_HU (no usable rescale, or to something else than HU).
+        SeriesRefused: NOT_16_BIT; NOT_HU (CT without usable rescale, or to something else than HU);
+            NO_RESCALE (MR or PET with a rescale that cannot be used).
     """
     bits_stored, high_bit = int(dataset.get("BitsStored") or 0), dataset.get("HighBit")
     if (
@@ -150,15 +157,16 @@ def encoding_of(dataset: Dataset) -> Encoding:
 
 
 def _rescale(dataset: Dataset) -> tuple[float, float]:
-    is_ct = dataset.SOPClassUID == CTImageStorage
+    is_ct = dataset.get("SOPClassUID") in _CT
+    code, remedy = ("NOT_HU", "send the CT image in HU") if is_ct else ("NO_RESCALE", "mend it")
     if is_ct and (dataset.get("RescaleType") or "HU") != "HU":
-        raise refused("NOT_HU", dataset, "RescaleType is not HU", "send the CT image in HU")
+        raise refused(code, dataset, "RescaleType is not HU", remedy)
     if "ModalityLUTSequence" in dataset or (is_ct and "RescaleSlope" not in dataset):
-        raise refused("NOT_HU", dataset, "no RescaleSlope", "send the CT image in HU")
-    slope = numbers_of(dataset, "RescaleSlope", 1, "NOT_HU", default=(1.0,))[0]
-    intercept = numbers_of(dataset, "RescaleIntercept", 1, "NOT_HU", default=(0.0,))[0]
+        raise refused(code, dataset, "no RescaleSlope", remedy)
+    slope = numbers_of(dataset, "RescaleSlope", 1, code, default=(1.0,))[0]
+    intercept = numbers_of(dataset, "RescaleIntercept", 1, code, default=(0.0,))[0]
     if slope == 0:
-        raise refused("NOT_HU", dataset, "RescaleSlope is 0", "send the CT image in HU")
+        raise refused(code, dataset, "RescaleSlope is 0", remedy)
     return slope, intercept
 
 
@@ -189,9 +197,28 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
         raise refused(
             "UNDECODABLE", dataset, f"pixel data: {type(error).__name__}", "send it again"
         ) from error
-    if stored.ndim != 2 or stored.dtype.itemsize != 2:
+    if stored.shape != (dataset.Rows, dataset.Columns) or stored.dtype.itemsize != 2:
         raise refused("UNDECODABLE", dataset, f"decodes to {stored.shape}", "send it again")
     return stored
+
+
+def has_decoder(dataset: Dataset) -> bool:
+    """Whether an instance's transfer syntax can be decoded at all, told without its pixels.
+
+    JPEG with progressive or spectral selection (.53, .55) has no decoder, JPEG Extended (.51) only
+    for 8 bits.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID if hasattr(dataset, "file_meta") else None
+    if syntax is None:
+        return False
+    if not syntax.is_encapsulated:
+        return True
+    if syntax == JPEGExtended12Bit and dataset.get("BitsAllocated") != 8:
+        return False
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except NotImplementedError:
+        return False
 
 
 def pixel_digest(stored: NDArray[Any]) -> str:

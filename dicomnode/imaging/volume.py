@@ -4,57 +4,37 @@ Which slice lies where is told by ImagePositionPatient and ImageOrientationPatie
 InstanceNumber, SliceLocation or the order of arrival (PS3.3 C.7.6.2.1.1).
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.uid import (
-    UID,
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    EnhancedMRImageStorage,
-    EnhancedPETImageStorage,
-    LegacyConvertedEnhancedCTImageStorage,
-    LegacyConvertedEnhancedMRImageStorage,
-    LegacyConvertedEnhancedPETImageStorage,
-    MRImageStorage,
-    PositronEmissionTomographyImageStorage,
-)
 
 from dicomnode.errors import SeriesRefused
+from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of
 from dicomnode.imaging.pixels import (
     encoding_of,
+    has_decoder,
     is_lossy,
     numbers_of,
     pixel_digest,
     refused,
     stored_values,
 )
+from dicomnode.imaging.units import MODALITY, Calibration, Unit, calibrate, encoding_in_unit
 
-Unit = Literal["HU", "BQML", "SUV", "AU"]
+__all__ = ["Stack", "Unit", "Volume", "stack_from_positions", "volume_from_datasets"]
 
-_SOP_CLASS: dict[str, tuple[UID, str]] = {  # unit -> what can hold it, and the code if it does not
-    "HU": (CTImageStorage, "NOT_CT"),
-    "BQML": (PositronEmissionTomographyImageStorage, "NOT_PET"),
-    "AU": (MRImageStorage, "NOT_MR"),
-}
-_ENHANCED = {
-    EnhancedCTImageStorage,
-    EnhancedMRImageStorage,
-    EnhancedPETImageStorage,
-    LegacyConvertedEnhancedCTImageStorage,
-    LegacyConvertedEnhancedMRImageStorage,
-    LegacyConvertedEnhancedPETImageStorage,
-}
 GAP_TOLERANCE = 0.1
 """How far a step may be from a whole multiple of the median step and still be a gap, in steps."""
 SAME_POSITION_MM = 0.01
 """Slices closer than this along the normal lie at the same position."""
 SAME_DIRECTION = 1e-4
 """Largest difference of a direction cosine within one stack: 0.05 mm at 500 mm."""
+SHEARED_DEGREES = 0.1
+"""A stack whose axis is farther than this from the slice normal is sheared (gantry tilt)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +55,7 @@ class Volume:
             None if it has no such voxel.
         digests: per slice the sha256 (hex) of the decoded stored values; empty if the volume was
             not made from instances.
+        left_out: slices at an end of the stack which cannot be decoded.
     """
 
     voxels: NDArray[np.float32]
@@ -85,6 +66,7 @@ class Volume:
     frame_of_reference_uid: str
     padding: NDArray[np.bool_] | None
     digests: tuple[str, ...] = ()
+    left_out: tuple[Ignored, ...] = ()
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 3 or self.positions.shape != (self.voxels.shape[0], 3):
@@ -96,15 +78,17 @@ class Volume:
         """New values, (slices, rows, columns), float32, in `unit`, on the same grid."""
         if voxels.shape != self.voxels.shape:
             raise ValueError(f"voxels {voxels.shape} on a grid of {self.voxels.shape}")
-        return Volume(
-            voxels,
-            unit,
-            self.positions,
-            self.orientation,
-            self.spacing_mm,
-            self.frame_of_reference_uid,
-            self.padding,
-        )
+        return replace(self, voxels=voxels, unit=unit, digests=())
+
+    @property
+    def tilt_degrees(self) -> float:
+        """Between the axis of the stack and the slice normal; 0 for a single slice."""
+        return tilt_degrees(self.positions, self.orientation)
+
+    @property
+    def sheared(self) -> bool:
+        """Whether slices are offset against each other in plane: fine for 2D, not for 3D models."""
+        return self.tilt_degrees > SHEARED_DEGREES
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +150,25 @@ def stack_from_positions(
     )
 
 
+def tilt_degrees(
+    positions: NDArray[np.float64] | Sequence[Sequence[float]],
+    orientation: NDArray[np.float64] | Sequence[float],
+) -> float:
+    """Angle between slice normal and the line from first to last slice, 0 to 90 degrees.
+
+    Args:
+        positions: (slices, 3), LPS mm, in slice order.
+        orientation: (6,), of all slices.
+    """
+    places = np.asarray(positions, dtype=np.float64).reshape(-1, 3)
+    directions = np.asarray(orientation, dtype=np.float64)
+    normal = np.cross(directions[:3], directions[3:])
+    axis = places[-1] - places[0]
+    along = float(axis @ normal)
+    aside = float(np.linalg.norm(axis - along * normal))
+    return float(np.degrees(np.arctan2(aside, abs(along)))) if along or aside else 0.0
+
+
 def volume_from_datasets(
     datasets: Sequence[Dataset],
     unit: Unit = "HU",
@@ -173,87 +176,93 @@ def volume_from_datasets(
     min_slices: int = 2,
     allow_lossy: bool = False,
 ) -> tuple[Volume, list[Dataset]]:
-    """Stack single-frame instances, in any order, into one calibrated volume.
+    """Stack the slices of instances, in any order, into one calibrated volume.
 
     Slice 0 has the smallest projection on the normal (row x column). Instances which are no image,
-    localizers, and repeats of a SOP instance are set aside; what is returned is what was used.
+    localizers, and repeats of a SOP instance are set aside; what is returned is what was used. A
+    slice that cannot be decoded is left out at an end of the stack and refuses it anywhere else.
+    A series of several stacks is to be taken apart first, see `stacks.split_stacks`.
 
     Args:
-        unit: what the voxels shall be: HU (CT), BQML (PET) or AU (MR).
+        unit: what the voxels shall be: HU (CT), BQML or SUV (PET) or AU (MR).
         min_slices: fewer are refused.
         allow_lossy: accept what lossy compression has left (PS3.3 C.7.6.1.1.5).
 
     Returns:
-        The volume, and the datasets it was made of in slice order.
+        The volume, and the slices it was made of in slice order: datasets as given, or for frames
+        of an enhanced instance their headers (see `frames.frames_of`).
 
     Raises:
-        SeriesRefused: nothing is a slice (NOT_AN_IMAGE, LOCALIZER, NOT_CT, NOT_PET, NOT_MR); too
-            few are (SINGLE_SLICE, TOO_FEW_SLICES); one is not usable (COLOUR, NOT_16_BIT, NOT_HU,
-            NOT_BQML, BURNED_IN, MULTI_ENERGY, LOSSY, UNDECODABLE, NO_GEOMETRY); they are no stack
-            (MIXED_SERIES, MIXED_FRAME, MIXED_ORIENTATION, MIXED_MATRIX, DUPLICATE_POSITIONS,
-            MISSING_SLICES); or it cannot be done yet (ENHANCED_NOT_YET, UNIT_NOT_YET).
+        SeriesRefused: nothing is a slice (NOT_AN_IMAGE, NOT_CT_MR_PET, NOT_SINGLE_FRAME, LOCALIZER,
+            MOSAIC, NOT_CT, NOT_PET, NOT_MR); too few are (SINGLE_SLICE, TOO_FEW_SLICES); one is
+            not usable (COLOUR, NOT_16_BIT, NOT_HU, NO_RESCALE, BURNED_IN, MULTI_ENERGY, LOSSY,
+            UNDECODABLE, NO_GEOMETRY); they are no stack (MIXED_SERIES, MIXED_FRAME,
+            MIXED_ORIENTATION, MIXED_MATRIX, DUPLICATE_POSITIONS, MISSING_SLICES); or cannot be had
+            in the unit (see `units.calibrate`).
     """
     images = _images(datasets, unit)
-    if len(images) < max(min_slices, 1):
-        raise SeriesRefused(
-            "SINGLE_SLICE" if len(images) == 1 else "TOO_FEW_SLICES",
-            f"{len(images)} image(s), at least {min_slices} needed",
-            "send the whole series",
-        )
+    _check_count(len(images), min_slices)
     for image in images:
-        _check_image(image, unit, allow_lossy)
+        _check_image(image, allow_lossy)
+    calibration = calibrate(images, unit)
     orientation, spacing = _common_geometry(images)
     positions = [numbers_of(image, "ImagePositionPatient", 3, "NO_GEOMETRY") for image in images]
     stack = stack_from_positions(positions, orientation)
     _check_stack(stack)
     ordered = [images[index] for index in stack.order]
-    voxels, padding, digests = _decode(ordered)
+    voxels, padding, digests, left_out = _decode(ordered, calibration)
+    kept = slice(*_kept(ordered, left_out))
+    ordered, voxels = ordered[kept], voxels[kept]
+    _check_count(len(ordered), min_slices)
     volume = Volume(
         voxels,
         unit,
-        np.asarray([positions[index] for index in stack.order], dtype=np.float64),
+        np.asarray([positions[index] for index in stack.order[kept]], dtype=np.float64),
         np.asarray(orientation, dtype=np.float64),
         (stack.median_step_mm, *spacing),
         _frame_of_reference(ordered),
-        padding,
-        digests,
+        None if padding is None else padding[kept],
+        digests[kept],
+        tuple(
+            Ignored(str(ds.SOPInstanceUID), error.code, error.message, frame_number(ds))
+            for ds, error in left_out
+        ),
     )
     return volume, ordered
 
 
+def _check_count(count: int, min_slices: int) -> None:
+    if count < max(min_slices, 1):
+        raise SeriesRefused(
+            "SINGLE_SLICE" if count == 1 else "TOO_FEW_SLICES",
+            f"{count} image(s), at least {min_slices} needed",
+            "send the whole series",
+        )
+
+
 def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
     """What may be a slice; the rest is set aside, or the reason for refusal if nothing is left."""
-    if unit not in _SOP_CLASS:
-        raise SeriesRefused("UNIT_NOT_YET", f"no volumes in {unit} yet", "use HU, BQML or AU")
-    sop_class, wrong_class = _SOP_CLASS[unit]
-    images: dict[str, Dataset] = {}
-    reasons: list[str] = []
-    for dataset in datasets:
-        reason = _not_a_slice(dataset, sop_class, wrong_class)
-        if reason is None:
-            images.setdefault(str(dataset.get("SOPInstanceUID")), dataset)
+    slices, ignored = slices_of(datasets)
+    wanted = MODALITY[unit]
+    images = []
+    reasons = [item.code for item in ignored]
+    for header in slices:
+        if TRANSLATABLE[header.SOPClassUID] != wanted:
+            reasons.append("NOT_PET" if wanted == "PT" else f"NOT_{wanted}")
+        elif "PixelData" not in header:
+            reasons.append("NOT_AN_IMAGE")
         else:
-            reasons.append(reason)
-    if "ENHANCED_NOT_YET" in reasons:
-        raise SeriesRefused("ENHANCED_NOT_YET", "multi-frame image", "send single-frame images")
+            images.append(header)
+    for item in ignored:  # frames that nobody can place: there may be a gap where they belong
+        if item.code in ("NO_GEOMETRY", "UNDECODABLE"):
+            raise SeriesRefused(item.code, item.reason, "send it again")
     if not images:
-        code = max(sorted(set(reasons)), key=reasons.count, default="NOT_AN_IMAGE")
+        code, _ = Counter(sorted(reasons)).most_common(1)[0] if reasons else ("NOT_AN_IMAGE", 0)
         raise SeriesRefused(code, f"none of {len(datasets)} instances is a slice", "send slices")
-    return list(images.values())
+    return images
 
 
-def _not_a_slice(dataset: Dataset, sop_class: UID, wrong_class: str) -> str | None:
-    frames = dataset.get("NumberOfFrames")
-    if dataset.get("SOPClassUID") in _ENHANCED or (isinstance(frames, int) and frames > 1):
-        return "ENHANCED_NOT_YET"
-    if "Rows" not in dataset or "PixelData" not in dataset:
-        return "NOT_AN_IMAGE"
-    if dataset.get("SOPClassUID") != sop_class:
-        return wrong_class
-    return "LOCALIZER" if "LOCALIZER" in (dataset.get("ImageType") or ()) else None
-
-
-def _check_image(dataset: Dataset, unit: Unit, allow_lossy: bool) -> None:
+def _check_image(dataset: Dataset, allow_lossy: bool) -> None:
     """Refuse what is a slice, but not one that a model may see."""
     if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in str(
         dataset.get("PhotometricInterpretation")
@@ -263,9 +272,9 @@ def _check_image(dataset: Dataset, unit: Unit, allow_lossy: bool) -> None:
         raise refused("BURNED_IN", dataset, "has burned-in annotation", "send the original")
     if dataset.get("MultienergyCTAcquisition") == "YES":
         raise refused("MULTI_ENERGY", dataset, "is multi-energy CT", "send a single-energy image")
-    if unit == "BQML" and dataset.get("Units") != "BQML":
-        raise refused("NOT_BQML", dataset, "Units is not BQML", "send PET in Bq/ml")
-    if is_lossy(dataset) and not allow_lossy:
+    if "COLOR" in str(dataset.get("PixelPresentation")):
+        raise refused("COLOUR", dataset, "has colour beside greyscale", "send the original")
+    if has_decoder(dataset) and is_lossy(dataset) and not allow_lossy:
         raise refused("LOSSY", dataset, "is lossy compressed", "allow_lossy: true on the route")
 
 
@@ -299,9 +308,10 @@ def _frame_of_reference(images: Sequence[Dataset]) -> str:
     Some de-identifiers replace it anew in every slice; two frames in one series are refused.
     """
     uids = {str(image.get("FrameOfReferenceUID") or "") for image in images}
+    instances = {str(image.SOPInstanceUID) for image in images}
     if len(uids) == 1:
         return uids.pop()
-    if len(uids) == len(images) and "" not in uids:
+    if len(uids) == len(instances) and "" not in uids:
         return ""
     raise SeriesRefused(
         "MIXED_FRAME", f"{len(uids)} FrameOfReferenceUIDs in one series", "split the series"
@@ -315,29 +325,62 @@ def _check_stack(stack: Stack) -> None:
             f"{stack.duplicates} slice(s) lie where another one lies",
             "send each phase or reconstruction as its own series",
         )
-    if stack.gaps:
-        raise SeriesRefused(
-            "MISSING_SLICES",
-            f"{stack.missing} slice(s) missing in {len(stack.gaps)} gap(s), "
-            f"first after slice {stack.gaps[0] + 1} of {len(stack.order)}",
-            "send the missing slices",
-        )
+    refusal = refuse_gaps(stack)
+    if refusal is not None:
+        raise refusal
+
+
+def refuse_gaps(stack: Stack) -> SeriesRefused | None:
+    """Why a stack with gaps is no volume; None if it has none."""
+    if not stack.gaps:
+        return None
+    return SeriesRefused(
+        "MISSING_SLICES",
+        f"{stack.missing} slice(s) missing in {len(stack.gaps)} gap(s), "
+        f"first after slice {stack.gaps[0] + 1} of {len(stack.order)}",
+        "send the missing slices",
+    )
 
 
 def _decode(
-    ordered: Sequence[Dataset],
-) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None, tuple[str, ...]]:
-    """Voxels, padding and digests, one slice at a time (threads do not help: the GIL is held)."""
+    ordered: Sequence[Dataset], calibration: Calibration
+) -> tuple[
+    NDArray[np.float32],
+    NDArray[np.bool_] | None,
+    tuple[str, ...],
+    list[tuple[Dataset, SeriesRefused]],
+]:
+    """Voxels, padding and digests slice by slice, and what could not be decoded (voxels are 0).
+
+    One slice at a time: decoders hold the interpreter lock, so threads do not help.
+    """
     shape = (len(ordered), int(ordered[0].Rows), int(ordered[0].Columns))
-    voxels = np.empty(shape, dtype=np.float32)
+    voxels = np.zeros(shape, dtype=np.float32)
     padding: NDArray[np.bool_] | None = None
-    digests = []
+    digests, broken = [], []
     for index, dataset in enumerate(ordered):
-        encoding, stored = encoding_of(dataset), stored_values(dataset)
+        encoding = encoding_in_unit(encoding_of(dataset), calibration)
+        try:
+            stored = stored_values(dataset)
+        except SeriesRefused as error:
+            broken.append((dataset, error))
+            digests.append("")
+            continue
         voxels[index] = encoding.to_physical(stored)
         digests.append(pixel_digest(stored))
         mask = encoding.is_padding(stored)
         if mask is not None:
             padding = np.zeros(shape, dtype=np.bool_) if padding is None else padding
             padding[index] = mask
-    return voxels, padding, tuple(digests)
+    return voxels, padding, tuple(digests), broken
+
+
+def _kept(
+    ordered: Sequence[Dataset], broken: Sequence[tuple[Dataset, SeriesRefused]]
+) -> tuple[int, int]:
+    """From which slice to which the stack is whole; a broken slice between them refuses it."""
+    bad = {id(dataset) for dataset, _ in broken}
+    good = [index for index, dataset in enumerate(ordered) if id(dataset) not in bad]
+    if broken and (not good or good[-1] - good[0] + 1 != len(good)):
+        raise broken[0][1]
+    return good[0], good[-1] + 1

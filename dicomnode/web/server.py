@@ -3,6 +3,7 @@
 import hmac
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from dicomnode.errors import ConfigError
 from dicomnode.history import History
 
 log = logging.getLogger(__name__)
@@ -34,8 +36,19 @@ class WebServer:
     """The HTTP server on threads of its own."""
 
     def __init__(self, bind: str, port: int, pages: Pages) -> None:
+        """Take the port.
+
+        Raises:
+            ConfigError: it is in use, or the address is not ours.
+        """
         handler = type("Handler", (_Handler,), {"pages": pages})
-        self._server = ThreadingHTTPServer((bind, port), handler)
+        kind = _Ipv6Server if ":" in bind else ThreadingHTTPServer
+        try:
+            self._server = kind((bind, port), handler)
+        except OSError as error:
+            raise ConfigError(
+                f"http.port: cannot listen on {bind}:{port}: {error.strerror}; choose another"
+            ) from error
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="http")
 
@@ -47,9 +60,14 @@ class WebServer:
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
+        if self._thread.is_alive():  # else there is no loop that `shutdown` could end
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
-        self._thread.join()
+
+
+class _Ipv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -89,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_read(self) -> bool:
         token = self.pages.token
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return token is None or hmac.compare_digest(given.encode(), token.encode())
+        given = self.headers.get("Authorization", "")
+        return token is None or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
     def _answer(self, status: HTTPStatus, data: Any) -> None:
         self._send(status, _JSON, json.dumps(data, indent=1).encode())

@@ -245,9 +245,7 @@ def associate_accept(
 ) -> bytes:
     """An A-ASSOCIATE-AC (PS3.8 9.3.3): we are SCP only, one operation at a time."""
     abstract = {context.context_id: context.abstract_syntax for context in request.contexts}
-    accepted = {
-        abstract[c.context_id] for c in contexts if c.result is ContextResult.ACCEPTANCE
-    }
+    accepted = {abstract[c.context_id] for c in contexts if c.result is ContextResult.ACCEPTANCE}
     user = _item(0x51, max_length.to_bytes(4, "big"))
     user += _item(0x52, implementation_class_uid.encode("ascii"))
     if request.user.asynchronous:

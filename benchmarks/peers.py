@@ -1,0 +1,156 @@
+"""Generated instances, foreign receivers, and how a figure is printed, for both benchmarks."""
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    PositronEmissionTomographyImageStorage,
+    generate_uid,
+)
+
+from tests.peers import ORTHANC, STORESCP, free_port, listens, orthanc, wait_for
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
+"""Without it DCMTK's tools stall on Nagle's algorithm, about 20 instances/s: no fair match."""
+
+
+def instances(kind: str, count: int, folder: Path) -> list[Path]:
+    """`count` files of noise: "ct" 512x512, "pet" 128x128, or "multiframe": one of `count` MB."""
+    folder.mkdir(parents=True)
+    frames, rows = (count * 2, 512) if kind == "multiframe" else (1, 128 if kind == "pet" else 512)
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 4096, (frames, rows, rows), dtype=np.uint16).tobytes()
+    series = generate_uid()
+    number = 1 if kind == "multiframe" else count
+    return [
+        _instance(kind, pixels, frames, rows, series, folder / f"{n:05}.dcm") for n in range(number)
+    ]
+
+
+def _instance(kind: str, pixels: bytes, frames: int, rows: int, series: str, path: Path) -> Path:
+    sop_class = {
+        "ct": CTImageStorage,
+        "pet": PositronEmissionTomographyImageStorage,
+        "multiframe": EnhancedCTImageStorage,
+    }[kind]
+    ds, meta = Dataset(), FileMetaDataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, generate_uid()
+    ds.StudyInstanceUID = ds.SeriesInstanceUID = series
+    ds.PatientID, ds.PatientName, ds.Modality = "BENCH", "Bench^Mark", "CT"
+    ds.Rows = ds.Columns = rows
+    if frames > 1:
+        ds.NumberOfFrames = frames
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    ds.PixelData = pixels
+    ds["PixelData"].VR = "OW"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, ds.SOPInstanceUID
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta = meta
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+@contextlib.contextmanager
+def ours(folder: Path, *options: str) -> Iterator[int]:
+    """Our acceptor with `tests.fuzz.receiver` behind it; its port."""
+    command = [sys.executable, "-m", "tests.fuzz.receiver", str(folder), *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("no pipes")
+        yield int(process.stdout.readline().split()[0])
+        process.stdin.close()
+        process.wait(20)
+
+
+@contextlib.contextmanager
+def dcmtk(folder: Path, *options: str) -> Iterator[int]:
+    """DCMTK's storescp, a process per association; its port."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with subprocess.Popen(
+        [STORESCP, "--fork", "-od", str(folder), *options, str(port)], env=ENVIRONMENT
+    ) as process:
+        wait_for(lambda: listens(port), "storescp to listen")
+        yield port
+        process.terminate()
+
+
+@contextlib.contextmanager
+def orthanc_receiver(folder: Path) -> Iterator[int]:
+    """Debian's Orthanc as it comes: its storage is synced; its port."""
+    if not Path(ORTHANC).exists():
+        raise FileNotFoundError(ORTHANC)
+    with orthanc(folder) as archive:
+        yield archive.port
+
+
+def shares(files: Sequence[Path], associations: int) -> list[list[Path]]:
+    return [list(files[n::associations]) for n in range(associations) if files[n::associations]]
+
+
+@contextlib.contextmanager
+def scratch(where: Path | None) -> Iterator[Path]:
+    """An empty folder, gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="dicomnode-bench-", dir=where))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def settle() -> None:
+    """Let what was written reach the disk, so that one run does not pay for the one before."""
+    os.sync()
+    time.sleep(0.2)
+
+
+def report(
+    title: str, seconds: dict[str, list[float]], instances: int, megabytes: float, base: str
+) -> None:
+    """A Markdown table: median, spread and ratio to `base` of each line."""
+    print(f"\n### {title}\n")
+    print(f"| | instances/s | MB/s | seconds: median (least - most) | x {base} |")
+    print("|---|---:|---:|---:|---:|")
+    reference = statistics.median(seconds[base])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        spread = f"{median:.3f} ({min(times):.3f} - {max(times):.3f})"
+        rates = f"{instances / median:.0f} | {megabytes / median:.0f}"
+        print(f"| {name} | {rates} | {spread} | {reference / median:.2f} |", flush=True)
+
+
+def machine() -> str:
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return (
+        f"{time.strftime('%Y-%m-%d %H:%M')} UTC, {os.cpu_count()} cores ({processor}), "
+        f"Linux {platform.release()}, Python {platform.python_version()}, load {load}, "
+        f"{socket.gethostname()}"
+    )

@@ -1,0 +1,154 @@
+"""How fast we receive, next to DCMTK's storescp and Orthanc on the same machine in the same run.
+
+    python -m benchmarks.receive [--repeats 5] [--ct 400] [--pet 2000] [--multiframe 300]
+
+Generated data only. Every receiver gets the same files, in turn, `--repeats` times. Two senders:
+DCMTK's dcmsend, whose own cost counts for all; and a replay of ready bytes, which costs next to
+nothing and so shows the receiver. "durable" is file and folder synced before each response.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pydicom.filereader import read_file_meta_info
+
+from benchmarks.peers import (
+    ENVIRONMENT,
+    dcmtk,
+    instances,
+    machine,
+    orthanc_receiver,
+    ours,
+    report,
+    scratch,
+    settle,
+    shares,
+)
+from tests.fuzz import wire
+from tests.fuzz.wire import EXPLICIT, Wire
+from tests.peers import DCMSEND
+
+Receiver = Callable[[Path], AbstractContextManager[int]]
+_PDU = 16_378
+"""Bytes of data per PDV of the replay: PDUs of 16 KiB, as DCMTK sends by default."""
+BASE = "DCMTK storescp"
+RECEIVERS: dict[str, tuple[Receiver, bool]] = {
+    BASE: (dcmtk, False),
+    "DCMTK storescp, bit preserving": (lambda folder: dcmtk(folder, "-B"), False),
+    "dicomnode acceptor": (ours, False),
+    "DCMTK storescp, then the same syncs": (dcmtk, True),
+    "dicomnode acceptor, durable": (lambda folder: ours(folder, "--sync"), False),
+    "Orthanc, storage synced": (orthanc_receiver, False),
+}
+"""How to start each, and whether we sync its files for it after the last response."""
+
+
+def by_dcmsend(port: int, files: Sequence[Path], associations: int) -> float:
+    """Seconds that `associations` parallel dcmsend take."""
+    command = [DCMSEND, "--no-uid-checks", "127.0.0.1", str(port)]
+    start = time.perf_counter()
+    senders = [
+        subprocess.Popen([*command, *map(str, share)], env=ENVIRONMENT)
+        for share in shares(files, associations)
+    ]
+    if sum(sender.wait() for sender in senders):
+        raise RuntimeError("dcmsend failed")
+    return time.perf_counter() - start
+
+
+def by_replay(port: int, files: Sequence[Path], associations: int) -> float:
+    """Seconds from the first request to the last release, all bytes made ready before."""
+    ready = [[_message(path) for path in share] for share in shares(files, associations)]
+    wires = [Wire(port, 300) for _ in ready]
+    sop_class = str(read_file_meta_info(files[0]).MediaStorageSOPClassUID)
+    with ThreadPoolExecutor(len(wires)) as pool:
+        start = time.perf_counter()
+        list(pool.map(_replay, wires, [sop_class] * len(wires), ready))
+        return time.perf_counter() - start
+
+
+def _replay(peer: Wire, sop_class: str, messages: Sequence[bytes]) -> None:
+    with peer:
+        peer.associate([(3, sop_class, (EXPLICIT,))])
+        for message in messages:
+            if peer.status(message)[1] != 0:
+                raise RuntimeError("an instance was refused")
+        peer.ask(wire.RELEASE_RQ_PDU)
+
+
+def _message(path: Path) -> bytes:
+    meta, whole = read_file_meta_info(path), path.read_bytes()
+    start = 144 + int.from_bytes(whole[140:144], "little")
+    sop_class, uid = str(meta.MediaStorageSOPClassUID), str(meta.MediaStorageSOPInstanceUID)
+    parts = [whole[at : at + _PDU] for at in range(start, len(whole), _PDU)]
+    last = len(parts) - 1
+    message = [wire.p_data(3, 3, wire.store_rq(uid, sop_class))]
+    message += [wire.p_data(3, 2 * (n == last), part) for n, part in enumerate(parts)]
+    return b"".join(message)
+
+
+SENDERS = {"dcmsend": by_dcmsend, "replay": by_replay}
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        for one in (path, path.parent):
+            descriptor = os.open(one, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def once(name: str, sender: str, files: Sequence[Path], associations: int, where: Path) -> float:
+    receiver, sync = RECEIVERS[name]
+    with scratch(where) as folder, receiver(folder / "kept") as port:
+        settle()
+        seconds = SENDERS[sender](port, files, associations)
+        start = time.perf_counter()
+        if sync:
+            _sync(folder / "kept")
+        return seconds + time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ct", type=int, default=400, help="instances of 512x512")
+    parser.add_argument("--pet", type=int, default=2000, help="instances of 128x128")
+    parser.add_argument("--multiframe", type=int, default=300, help="MB of one instance")
+    parser.add_argument("--senders", nargs="+", default=list(SENDERS), choices=SENDERS)
+    parser.add_argument("--associations", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
+    options = parser.parse_args()
+    print(machine())
+    with scratch(options.scratch) as data:
+        for kind in ("ct", "pet", "multiframe"):
+            count = getattr(options, kind)
+            if not count:
+                continue
+            files = instances(kind, count, data / kind)
+            megabytes = sum(path.stat().st_size for path in files) / 1e6
+            for sender in options.senders:
+                for associations in options.associations if len(files) > 1 else [1]:
+                    seconds: dict[str, list[float]] = {name: [] for name in RECEIVERS}
+                    for _ in range(options.repeats):
+                        for name in RECEIVERS:
+                            with contextlib.suppress(FileNotFoundError):  # not installed
+                                took = once(name, sender, files, associations, data)
+                                seconds[name].append(took)
+                    measured = {name: times for name, times in seconds.items() if times}
+                    title = (
+                        f"{len(files)} x {kind} ({megabytes:.0f} MB), {sender}, "
+                        f"{associations} association{'s' * (associations > 1)}"
+                    )
+                    report(title, measured, len(files), megabytes, BASE)
+
+
+if __name__ == "__main__":
+    main()

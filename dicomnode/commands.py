@@ -1,0 +1,326 @@
+"""What each command does; `cli` parses the words. Each returns an exit code."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dicomnode import console
+from dicomnode.config import NodeConfig, Peer, json_schema, load_config
+from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError
+from dicomnode.history import History
+from dicomnode.jobs import Jobs
+from dicomnode.lifecycle import Delivery, State
+from dicomnode.tables import Database
+
+OK, MENDABLE = 0, 1
+
+
+def check(args: argparse.Namespace) -> int:
+    """validate config, models and destinations; every problem is named"""
+    from dicomnode.node import load_packages
+    from dicomnode.scu import echo
+
+    if args.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return OK
+    config = load_config(args.config)
+    if args.storage:
+        return _check_storage(config)
+    problems = []
+    try:
+        for name, package in load_packages(config).items():
+            print(f"model {name} {package.version}: ok, sha256 {package.digest}")
+    except ConfigError as error:
+        problems.append(str(error))
+    for name in sorted({name for route in config.routes for name in route.send_to}):
+        try:
+            echo(_address(config, name))
+            print(f"peer {name}: answers C-ECHO")
+        except DicomNodeError as error:
+            problems.append(f"peers.{name}: {error}")
+    weak = _tls_findings(config, problems)
+    for line in weak:
+        print(f"warning: {line}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return MENDABLE if problems else OK
+
+
+def _tls_findings(config: NodeConfig, problems: list[str]) -> list[str]:
+    """Weak TLS settings of the node and its peers; what cannot be used goes to `problems`."""
+    from dicomnode import tls
+    from dicomnode.credentials import client_tls
+
+    found, now = [], time.time()
+    try:
+        if config.node.tls is not None:
+            tls.server_context(config.node.tls, now)
+            found += tls.warnings(config.node.tls, now)
+        for name, peer in config.peers.items():
+            if peer.tls:
+                client = client_tls(name, peer.tls, peer.host or "", config.node.tls)
+                tls.client_context(client, now)
+                found += tls.client_warnings(client, now)
+    except ConfigError as error:
+        problems.append(str(error))
+    return found
+
+
+def _check_storage(config: NodeConfig) -> int:
+    from dicomnode.audit import Fault, storage_faults
+    from dicomnode.spool import Spool
+
+    faults, compared = 0, 0
+    for found in storage_faults(_database(config), Spool(config.node.data_dir)):
+        if isinstance(found, Fault):
+            faults += 1
+            print(f"instance {found.sop_instance_uid} of series {found.series_uid}: {found.what}")
+        else:
+            compared = found
+    print(f"{compared} stored instances compared with the journal: {faults} faults")
+    return MENDABLE if faults else OK
+
+
+def explain(args: argparse.Namespace) -> int:
+    """for each series found: which routes match, which not and why"""
+    from dicomnode import offline
+
+    found, others = offline.explain(args.paths, load_config(args.config))
+    if args.json:
+        print(json.dumps([_explained_as_data(one) for one in found], indent=1))
+        return OK if found else MENDABLE
+    for one in found:
+        print(f"series {one.series_uid}: {one.instances} instances")
+        if one.missing:
+            print(f"  MISSING_SLICES: {one.missing} slices are missing; send the whole series")
+        for decision in one.decisions:
+            print(f"  {decision}")
+    if others:
+        print(f"{others} files are no DICOM instances of a series: ignored")
+    return OK if found else MENDABLE
+
+
+def _explained_as_data(one: Any) -> dict[str, Any]:
+    return {
+        "series_uid": one.series_uid,
+        "instances": one.instances,
+        "missing_slices": one.missing,
+        "routes": [
+            {"name": d.route.name, "matches": d.taken, "why_not": list(d.reasons)}
+            for d in one.decisions
+        ],
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """translate a folder of DICOM offline, without a network"""
+    from dicomnode import offline
+
+    outcomes = offline.run(args.paths, args.model, args.out, load_config(args.config))
+    if args.json:
+        print(json.dumps({uid: asdict(outcome) for uid, outcome in outcomes.items()}, indent=1))
+    for uid, outcome in outcomes.items() if not args.json else ():
+        if outcome.derived_uid:
+            where = args.out / outcome.derived_uid
+            print(f"series {uid}: {len(outcome.instances)} instances in {where}; {outcome.detail}")
+        else:
+            print(f"series {uid}: {outcome.refusal or outcome.broken}: {outcome.detail}")
+    done = [outcome for outcome in outcomes.values() if outcome.derived_uid]
+    if not outcomes:
+        print("no DICOM series found", file=sys.stderr)
+    return OK if outcomes and len(done) == len(outcomes) else MENDABLE
+
+
+def echo(args: argparse.Namespace) -> int:
+    """C-ECHO a peer"""
+    from dicomnode.scu import echo
+
+    echo(_address(load_config(args.config), args.peer))
+    print(f"{args.peer}: answers C-ECHO")
+    return OK
+
+
+def send(args: argparse.Namespace) -> int:
+    """C-STORE files or folders to a peer, one association per series"""
+    from dicomnode.offline import find_series
+    from dicomnode.scu import send_instances
+
+    address = _address(load_config(args.config), args.peer)
+    series, others = find_series(args.paths)
+    sent, failures = 0, []
+    for uid, files in sorted(series.items()):
+        accepted: list[str] = []
+        try:
+            send_instances(files, address, lambda sop, _, done=accepted: done.append(sop))  # type: ignore[misc]
+        except DeliveryError as error:
+            failures.append(f"series {uid}: {error}")
+        sent += len(accepted)
+    print(f"{args.peer}: accepted {sent} instances of {len(series)} series; {others} files ignored")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return MENDABLE if failures or not series else OK
+
+
+def status(args: argparse.Namespace) -> int:
+    """queue, series, jobs, deliveries; one series as a timeline"""
+    config = load_config(args.config)
+    history = History(_database(config))
+    if args.series_uid is None:
+        counts, series = history.counts(), history.series()
+        if args.json:
+            print(json.dumps({"counts": counts, "series": series}, indent=1))
+        else:
+            print(console.overview(counts, series))
+        return OK
+    one = history.one_series(args.series_uid)
+    if one is None:
+        raise ConfigError(f"no series {args.series_uid} was received")
+    since = time.time() - one["last_received"]
+    waiting = f"last instance {since:.0f} s ago" if one["open"] else ""
+    print(json.dumps(one, indent=1) if args.json else console.one_series(one, waiting))
+    return OK
+
+
+def retry(args: argparse.Namespace) -> int:
+    """queue a job or a delivery again: job-3, delivery-5, or --all-failed"""
+    database = _database(load_config(args.config))
+    jobs, now = Jobs(database), time.time()
+    if args.all_failed:
+        failed, parked = jobs.in_state(State.FAILED), jobs.deliveries_in_state(Delivery.PARKED)
+        for job in failed:
+            jobs.retry_job(job, now)
+        for delivery in parked:
+            jobs.retry_delivery(delivery, now)
+        print(f"{len(failed)} jobs and {len(parked)} deliveries queued again")
+        return OK
+    if args.what is None:
+        raise ConfigError("name a job (job-3), a delivery (delivery-5), or --all-failed")
+    kind, number = _numbered(args.what)
+    if kind == "delivery":
+        jobs.retry_delivery(number, now)
+    else:
+        jobs.retry_job(number, now)
+    print(f"{kind} {number} queued again")
+    return OK
+
+
+def discard(args: argparse.Namespace) -> int:
+    """give a job up for good, its deliveries with it"""
+    kind, number = _numbered(args.job)
+    if kind != "job":
+        raise ConfigError("discard takes a job; its deliveries go with it")
+    Jobs(_database(load_config(args.config))).discard_job(number, args.why, time.time())
+    print(f"job {number} discarded")
+    return OK
+
+
+def models(args: argparse.Namespace) -> int:
+    """list the model packages; verify: sums, schema and self-test; bench: seconds per slice"""
+    from dicomnode.imaging.package import read_package
+
+    config = load_config(args.config)
+    names = [args.name] if args.name else _package_names(config.models_dir)
+    packages = {name: read_package(config.models_dir / name) for name in names}
+    rows = [
+        {"name": p.name, "version": p.version, "task": p.manifest.task, "sha256": p.digest}
+        for p in packages.values()
+    ]
+    if args.action == "bench":
+        return _bench(packages.values(), args.device or config.device, rows, args.json)
+    if args.action == "verify":
+        from dicomnode.worker import load_models
+
+        _, failures, device = load_models(packages, config.device, 0)
+        for row in rows:
+            row["self_test"] = failures.get(row["name"], f"passed on {device}")
+        if args.json:
+            print(json.dumps(rows, indent=1))
+        for row in () if args.json else rows:
+            print(f"{row['name']} {row['version']}: {row['self_test']}")
+        return MENDABLE if failures else OK
+    print(json.dumps(rows, indent=1) if args.json else "\n".join(map(_model_line, rows)))
+    return OK
+
+
+def _bench(packages: Any, device: str, rows: list[dict[str, Any]], as_json: bool) -> int:
+    from dicomnode.offline import bench
+
+    for package, row in zip(packages, rows, strict=True):
+        used, row["median_seconds_per_slice"], row["slowest_seconds_per_slice"] = bench(
+            package, device
+        )
+        row["device"] = used
+        if not as_json:
+            print(
+                f"{package.name} {package.version} on {used}: "
+                f"{row['median_seconds_per_slice']:.3f} s per 512x512 slice (median of 8), "
+                f"slowest {row['slowest_seconds_per_slice']:.3f} s"
+            )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    return OK
+
+
+def conformance(args: argparse.Namespace) -> int:
+    """the DICOM Conformance Statement of this configuration, as Markdown"""
+    from dicomnode.conformance import statement
+
+    print(statement(load_config(args.config)), end="")
+    return OK
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """what a peer accepts, and whether we accept it, in plain words"""
+    from dicomnode.doctor import examine
+    from dicomnode.scu import Address
+
+    config = load_config(args.config)
+    peer = _address(config, args.peer)
+    host = "127.0.0.1" if config.node.bind == "0.0.0.0" else config.node.bind  # noqa: S104
+    ourselves = Address(host, config.node.port, config.node.ae_title, peer.called_ae)
+    diagnosis = examine(peer, ourselves)
+    print("\n".join(diagnosis.lines))
+    return OK if diagnosis.healthy else MENDABLE
+
+
+def demo(args: argparse.Namespace) -> int:
+    """send a phantom (or --dicom FOLDER) through a node of its own and look at the result"""
+    from dicomnode.demo import run_demo
+
+    return run_demo(args.config, args.out, args.dicom, args.model)
+
+
+def _model_line(row: dict[str, Any]) -> str:
+    return f"{row['name']} {row['version']}  {row['task']}  sha256 {row['sha256']}"
+
+
+def _package_names(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/manifest.yaml"))
+
+
+def _database(config: NodeConfig) -> Database:
+    return Database(config.node.data_dir / "journal.db", create=False)
+
+
+def _numbered(text: str) -> tuple[str, int]:
+    """job-3, job 3 or 3 -> ("job", 3); delivery-5 -> ("delivery", 5)."""
+    kind, _, number = text.rpartition("-")
+    if kind not in ("", "job", "delivery") or not number.isdecimal():
+        raise ConfigError(f"{text!r}: name a job (job-3) or a delivery (delivery-5)")
+    return kind or "job", int(number)
+
+
+def _address(config: NodeConfig, name: str) -> Any:
+    from dicomnode.scu import address_of
+
+    peer: Peer | None = config.peers.get(name)
+    if peer is None:
+        raise ConfigError(f"no peer named {name!r}; known: {', '.join(config.peers) or 'none'}")
+    address = address_of(name, peer, config)
+    if address is None:
+        raise ConfigError(f"peers.{name}: needs a host and a port")
+    return address

@@ -1,0 +1,24 @@
+"""Our own acceptor for Storage and Verification: bounded, and streaming to disk.
+
+Read in this order: `listener` (connections and threads), `association` (PS3.8: states), `pdu`
+(PS3.8: bytes), `negotiation`, `service` (PS3.7: messages), `dimse` (PS3.7: bytes), `incoming` (the
+file). pynetdicom serves every other service, through `Library`.
+"""
+
+from dicomnode.upper_layer.incoming import Received
+from dicomnode.upper_layer.listener import Library, Listener
+from dicomnode.upper_layer.pdu import CALLED_AE, CALLING_AE, Rejection
+from dicomnode.upper_layer.service import Handler, Identity, Limits, Requestor
+
+__all__ = [
+    "CALLED_AE",
+    "CALLING_AE",
+    "Handler",
+    "Identity",
+    "Library",
+    "Limits",
+    "Listener",
+    "Received",
+    "Rejection",
+    "Requestor",
+]

@@ -1,0 +1,291 @@
+"""The listening socket: one bounded thread per connection, TLS, and the hand-over to pynetdicom."""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pynetdicom import AE, evt
+from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
+
+from dicomnode.upper_layer import pdu
+from dicomnode.upper_layer.association import Association
+from dicomnode.upper_layer.service import Handler, Identity, Limits
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_MAX_WAITING = 128
+"""Connections that have no association yet, or no longer; beyond it the oldest must go."""
+_NO_RESOURCES_SECONDS = 0.2
+"""Pause when the system has no file descriptor or thread for another connection."""
+
+_ABORTED_SECONDS = 5
+"""For the thread of an aborted association to end."""
+
+Secure = Callable[[socket.socket], socket.socket | None]
+"""Does the TLS handshake, within ARTIM; the secured socket, or None: refused and closed."""
+
+
+class Library:
+    """pynetdicom's acceptor, for associations with services other than Storage and Verification.
+
+    It opens no port of its own: `serve` gives it connections, with the bytes already read.
+    """
+
+    def __init__(self, ae: AE, handlers: list[Any], limits: Limits) -> None:
+        """`ae`: its supported contexts are what it serves. `handlers`: its `evt_handlers`."""
+        self._services = {str(context.abstract_syntax) for context in ae.supported_contexts}
+        self._server = _Unbound(
+            ae, ("127.0.0.1", 0), ae.ae_title, ae.supported_contexts, evt_handlers=handlers
+        )
+        self._most = max(limits.max_pdu_bytes, limits.max_request_bytes)
+
+    def serves(self, abstract_syntax: str) -> bool:
+        return abstract_syntax in self._services
+
+    def serve(self, connection: socket.socket, address: Any, received: bytes) -> None:
+        """Run an association to its end."""
+        connection.settimeout(None)
+        _HandOver(connection, address, self._server, received, self._most)
+
+    def abort(self) -> None:
+        """End all associations that run now."""
+        for association in self._server.active_associations:
+            association.abort()
+
+
+class _Unbound(AssociationServer):
+    """The library's server, for its settings only."""
+
+    def server_bind(self) -> None:
+        """Bind nothing."""
+
+    def server_activate(self) -> None:
+        """Listen nowhere."""
+
+
+class _HandOver(RequestHandler):
+    """Makes the library's association, and waits for its end."""
+
+    def __init__(
+        self, connection: socket.socket, address: Any, server: _Unbound, received: bytes, most: int
+    ) -> None:
+        self._received, self._most = received, most
+        super().__init__(connection, address, server)
+
+    def handle(self) -> None:
+        association = self._create_association()
+        replay = _Replay(association, self.request, self._received, self._most)
+        association.dul.socket = replay
+        association.dul.event_queue.get_nowait()  # two sockets announced one connection
+        evt.trigger(association, evt.EVT_CONN_OPEN, {"address": self.client_address})
+        association.start()
+        association.join()
+
+
+class _Replay(AssociationSocket):
+    """The library's socket, which first gives what we have read, and believes no huge length."""
+
+    def __init__(
+        self, association: Any, connection: socket.socket, received: bytes, most: int
+    ) -> None:
+        self._received, self._most = received, most
+        super().__init__(association, client_socket=connection)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._received) or bool(super().ready)
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        if nr_bytes > self._most:
+            raise ConnectionAbortedError("a PDU is longer than we announced")
+        first = bytearray(self._received[:nr_bytes])
+        self._received = self._received[nr_bytes:]
+        return first + super().recv(nr_bytes - len(first)) if len(first) < nr_bytes else first
+
+
+class _Connection:
+    """One accepted connection, and what serves it."""
+
+    def __init__(self, connection: socket.socket, address: Any) -> None:
+        self.socket, self.address = connection, address
+        try:
+            self._handle = connection.dup()  # a socket under TLS cannot be cut by another thread
+        except OSError:
+            connection.close()
+            raise
+        self.association: Association | None = None
+        self.handed_over = False
+
+    @property
+    def established(self) -> bool:
+        """Does an association run on it?"""
+        return self.handed_over or (self.association is not None and self.association.established)
+
+    def cut(self) -> None:
+        """End its blocking calls from another thread; its own thread then closes it."""
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            self._handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._handle.close()
+
+    def abort(self) -> None:
+        if self.association is not None and self.association.established:
+            self.association.abort()
+        else:
+            self.cut()
+
+
+class Listener:
+    """Accepts connections and serves each on a thread of its own."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: Handler,
+        *,
+        identity: Identity,
+        limits: Limits,
+        max_associations: int,
+        secure: Secure | None = None,
+        library: Library | None = None,
+    ) -> None:
+        """`address`: host and port; port 0 lets the system choose."""
+        self._address, self._handler = address, handler
+        self._identity, self._limits = identity, limits
+        self._secure, self._library = secure, library
+        self._slots = threading.Semaphore(max_associations)
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._open: dict[_Connection, threading.Thread] = {}  # oldest first
+
+    @property
+    def port(self) -> int:
+        """The port we listen on; 0 when we do not."""
+        return 0 if self._socket is None else int(self._socket.getsockname()[1])
+
+    @property
+    def associations(self) -> int:
+        """How many are open now, those of the library included."""
+        return sum(connection.established for connection, _ in self._connections())
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address is in use or not ours.
+        """
+        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
+        listening = socket.create_server(self._address, family=family, backlog=_BACKLOG)
+        self._socket = listening
+        threading.Thread(
+            target=self._accept, args=(listening,), name="dicom-accept", daemon=True
+        ).start()
+
+    def drain(self, grace: float) -> None:
+        """Take no more connections; let associations end for `grace` seconds, then abort them."""
+        listening, self._socket = self._socket, None
+        if listening is None:
+            return
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`, as closing would not
+        listening.close()
+        deadline = time.monotonic() + grace
+        for connection, thread in self._connections():
+            if connection.established:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if self._library is not None:
+            self._library.abort()
+        left = self._connections()
+        for connection, _ in left:
+            connection.abort()
+        for connection, thread in left:
+            thread.join(_ABORTED_SECONDS)
+            connection.cut()
+
+    def _connections(self) -> list[tuple[_Connection, threading.Thread]]:
+        with self._lock:
+            return list(self._open.items())
+
+    def _accept(self, listening: socket.socket) -> None:
+        while self._socket is listening:
+            try:
+                connection = _Connection(*listening.accept())
+            except OSError as error:
+                if self._socket is listening:
+                    log.warning("could not accept a connection: %s", error.strerror)
+                    time.sleep(_NO_RESOURCES_SECONDS)
+                continue
+            self._make_room()
+            self._begin(connection)
+
+    def _make_room(self) -> None:
+        """Close the oldest connection without an association, if there are too many of them."""
+        waiting = [one for one, _ in self._connections() if not one.established]
+        if len(waiting) >= _MAX_WAITING:
+            waiting[0].cut()
+
+    def _begin(self, connection: _Connection) -> None:
+        thread = threading.Thread(target=self._serve, args=(connection,), name="dicom", daemon=True)
+        with self._lock:
+            self._open[connection] = thread
+        try:
+            thread.start()
+        except RuntimeError:
+            log.warning("no thread for another connection")
+            self._forget(connection)
+            time.sleep(_NO_RESOURCES_SECONDS)
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._open.pop(connection, None)
+        connection.close()
+
+    def _serve(self, connection: _Connection) -> None:
+        """Serve one connection to its end; runs on a thread of its own."""
+        try:
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            secured = self._secured(connection.socket)
+            if secured is None:
+                return
+            connection.socket = secured
+            untouched = self._associate(connection)
+            if untouched is not None and self._library is not None:
+                self._hand_over(connection, untouched, self._library)
+        except OSError as error:
+            log.info("a connection from %s ended: %s", connection.address[0], error.strerror)
+        finally:
+            self._forget(connection)
+
+    def _secured(self, connection: socket.socket) -> socket.socket | None:
+        return connection if self._secure is None else self._secure(connection)
+
+    def _associate(self, connection: _Connection) -> bytes | None:
+        library = self._library
+        connection.association = Association(
+            connection.socket,
+            str(connection.address[0]),
+            self._handler,
+            identity=self._identity,
+            limits=self._limits,
+            slots=self._slots,
+            elsewhere=(lambda _: False) if library is None else library.serves,
+        )
+        return connection.association.run()
+
+    def _hand_over(self, connection: _Connection, received: bytes, library: Library) -> None:
+        if not self._slots.acquire(blocking=False):
+            connection.socket.sendall(pdu.associate_reject(pdu.LOCAL_LIMIT))
+            return
+        connection.handed_over = True
+        try:
+            library.serve(connection.socket, connection.address, received)
+        finally:
+            self._slots.release()

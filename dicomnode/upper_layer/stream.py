@@ -1,0 +1,120 @@
+"""The bytes of one connection, received into one buffer of bounded size, with a deadline."""
+
+import socket
+import time
+
+_DRAINED = 4 << 20
+"""Bytes we throw away from a peer that goes on sending after the end."""
+
+
+class Closed(Exception):
+    """The transport connection has ended (PS3.8 Evt17)."""
+
+
+class Expired(Exception):
+    """The deadline has passed (ARTIM, PS3.8 9.1.5; or our idle limit)."""
+
+
+class Stream:
+    """Reads and writes; works for plain and for TLS sockets alike."""
+
+    def __init__(self, connection: socket.socket, size: int) -> None:
+        self._connection = connection
+        self._buffer = memoryview(bytearray(size))
+        self._start = self._end = 0  # what has been received and not yet taken
+        self._deadline = 0.0
+        self._broken = False
+
+    def expire_in(self, seconds: float) -> None:
+        """Every read from now on must be over by then, however slowly the bytes drip."""
+        self._deadline = time.monotonic() + seconds
+
+    def exactly(self, count: int) -> memoryview:
+        """The next `count` bytes, no more than the buffer holds; valid until the next call.
+
+        Raises:
+            Closed, Expired: the bytes did not come.
+        """
+        while self._end - self._start < count:
+            if self._start:
+                self._compact()
+            self._end += self._receive(self._buffer[self._end :])
+        return self._take(count)
+
+    def some(self, most: int) -> memoryview:
+        """At least 1 and at most `most` bytes, as they come; valid until the next call."""
+        if self._start == self._end:
+            self._start = 0
+            self._end = self._receive(self._buffer)
+        return self._take(min(most, self._end - self._start))
+
+    def collect(self, count: int) -> bytes:
+        """The next `count` bytes as a copy; memory grows only as they really come."""
+        collected = bytearray()
+        while len(collected) < count:
+            collected += self.some(count - len(collected))
+        return bytes(collected)
+
+    def rest(self) -> bytes:
+        """What was received beyond the last read."""
+        return bytes(self._take(self._end - self._start))
+
+    def drain(self) -> None:
+        """Throw bytes away until the peer closes, or has sent too many, or time is up.
+
+        Raises:
+            Closed, Expired: always one of them.
+        """
+        self._start = self._end = 0
+        for _ in range(_DRAINED // len(self._buffer)):
+            self._receive(self._buffer)
+        raise Expired
+
+    def resize(self, size: int) -> None:
+        """Change the buffer, large while data flow and small when idle; keeps what is in it."""
+        waiting = self._end - self._start
+        size = max(size, waiting)
+        if size != len(self._buffer):
+            buffer = memoryview(bytearray(size))
+            buffer[:waiting] = self._buffer[self._start : self._end]
+            self._buffer, self._start, self._end = buffer, 0, waiting
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Send all of it in one call. A peer that does not take it counts as gone.
+
+        A failure shows at the next read, as every end of the connection does.
+        """
+        if self._broken:
+            return
+        try:
+            self._connection.settimeout(seconds)
+            self._connection.sendall(data)
+        except OSError:
+            self._broken = True
+
+    def _take(self, count: int) -> memoryview:
+        start = self._start
+        self._start += count
+        return self._buffer[start : self._start]
+
+    def _compact(self) -> None:
+        waiting = self._end - self._start
+        self._buffer[:waiting] = bytes(self._buffer[self._start : self._end])
+        self._start, self._end = 0, waiting
+
+    def _receive(self, into: memoryview) -> int:
+        if self._broken:
+            raise Closed
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise Expired
+        try:
+            self._connection.settimeout(left)
+            count = self._connection.recv_into(into)
+        except TimeoutError:
+            raise Expired from None
+        except OSError:
+            raise Closed from None
+        if not count:
+            raise Closed
+        return count

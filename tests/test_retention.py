@@ -1,0 +1,194 @@
+"""Deleting what is old, and never what somebody may still need."""
+
+from pathlib import Path
+
+import pytest
+
+from dicomnode.config import RetentionSection
+from dicomnode.history import History
+from dicomnode.jobs import Job, Jobs
+from dicomnode.journal import Arrival, Journal
+from dicomnode.lifecycle import Event, State
+from dicomnode.retention import purge
+from dicomnode.spool import Spool
+from dicomnode.tables import Database
+
+RULES = RetentionSection(received_hours=24, results_hours=168)
+HOUR = 3600.0
+LATE = 1000 * HOUR
+
+
+class Shelf:
+    """A spool and a journal with one series: 1.1, derived as 2.1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.spool = Spool(folder)
+        self.spool.prepare()
+        self.database = Database(folder / "journal.db")
+        self.journal, self.jobs = Journal(self.database), Jobs(self.database)
+
+    def receive(self, index: int, at: float = 0.0, *, late: str = "regenerate") -> None:
+        uid = f"1.1.{index}"
+        if not self.spool.path("1.1", uid).exists():
+            part = self.spool.incoming / uid
+            part.write_bytes(b"received")
+            self.spool.keep(part, "1.1", uid)
+        facts = ("1.1", "1", "CT", "1.2", "1.2", "0" * 64, 1, "CT1", "DICOMNODE", None, None)
+        self.journal.record_instance(Arrival(uid, *facts), at, late=late)
+
+    def close(self, *routes: str) -> Job | None:
+        (seen,) = self.journal.open_series()
+        self.jobs.close_series(seen, "routed", [(route, "routine") for route in routes], [], 1)
+        return self.jobs.claim(1)
+
+    def derive(self, job: Job, event: Event = Event.DERIVED) -> None:
+        path = self.spool.result_path("2.1", "2.1.1")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"derived")
+        self.jobs.derived(job, "2.1", [("2.1.1", "1.2")], ["pacs"], {}, event, 2)
+
+    def deliver(self) -> None:
+        (due,) = self.jobs.due_deliveries(3)
+        self.jobs.accepted(due.id, {"2.1.1": 0}, 3)
+        self.jobs.delivered(due, "", 3)
+
+    def purge(self, hours: float) -> tuple[bool, bool]:
+        """What is left `hours` after everything: received files, derived files."""
+        purge(self.database, self.spool, RULES, hours * HOUR)
+        received = any(self.spool.stored())
+        return received, self.spool.result_path("2.1", "2.1.1").exists()
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def _done(shelf: Shelf) -> None:
+    shelf.receive(1)
+    job = shelf.close("r")
+    assert job is not None
+    shelf.derive(job)
+    shelf.deliver()
+
+
+def test_what_is_done_goes_in_its_time(shelf: Shelf) -> None:
+    _done(shelf)
+    assert [shelf.purge(hours) for hours in (23.9, 24.1, 167.9, 168.1)] == [
+        (True, True),
+        (False, True),
+        (False, True),
+        (False, False),
+    ]
+
+
+def test_what_no_route_wants_goes_in_its_time(shelf: Shelf) -> None:
+    shelf.receive(1)
+    shelf.close()
+    assert [shelf.purge(hours)[0] for hours in (23.9, 24.1)] == [True, False]
+
+
+def test_the_rows_stay_and_the_timeline_says_so(shelf: Shelf) -> None:
+    _done(shelf)
+    shelf.purge(1000)
+    assert shelf.journal.instance_uids("1.1") == ["1.1.1"]
+    assert shelf.journal.known("1.1.1") == ("1.1", "0" * 64, True)
+    series = History(shelf.database).one_series("1.1")
+    assert series is not None
+    assert series["timeline"][-1]["text"] == "received files deleted after 24 hours"
+
+
+def test_purging_again_changes_nothing(shelf: Shelf) -> None:
+    _done(shelf)
+    assert purge(shelf.database, shelf.spool, RULES, LATE) == 2
+    assert [*shelf.spool.received.iterdir(), *shelf.spool.results.iterdir()] == []
+    assert purge(shelf.database, shelf.spool, RULES, LATE) == 0
+
+
+def test_an_open_series_stays(shelf: Shelf) -> None:
+    shelf.receive(1)
+    assert shelf.purge(1000)[0]
+
+
+def test_a_queued_or_running_job_keeps_its_source(shelf: Shelf) -> None:
+    shelf.receive(1)
+    shelf.close("first", "second")
+    assert shelf.jobs.in_state(State.QUEUED)
+    assert shelf.jobs.in_state(State.TRANSLATING)
+    assert shelf.purge(1000)[0]
+
+
+@pytest.mark.parametrize("event", [Event.UNFIT, Event.BROKE, Event.GAVE_UP])
+def test_what_an_operator_may_retry_keeps_its_source(shelf: Shelf, event: Event) -> None:
+    shelf.receive(1)
+    job = shelf.close("r")
+    assert job is not None
+    shelf.jobs.finish(job, event, 2)
+    assert shelf.purge(1000)[0]
+    shelf.jobs.discard_job(job.id, "not wanted", 3)
+    assert not shelf.purge(1000)[0]
+
+
+def test_a_held_result_stays_with_its_source(shelf: Shelf) -> None:
+    shelf.receive(1)
+    job = shelf.close("r")
+    assert job is not None
+    shelf.derive(job, Event.IMPLAUSIBLE)
+    assert shelf.purge(1000) == (True, True)
+
+
+def test_a_parked_delivery_keeps_its_result(shelf: Shelf) -> None:
+    shelf.receive(1)
+    job = shelf.close("r")
+    assert job is not None
+    shelf.derive(job)
+    (due,) = shelf.jobs.due_deliveries(2)
+    shelf.jobs.park(due, "refused", 3)
+    assert shelf.purge(1000) == (True, True)
+
+
+def test_one_job_in_need_keeps_the_source_for_all(shelf: Shelf) -> None:
+    shelf.receive(1)
+    first = shelf.close("first", "second")
+    assert first is not None
+    shelf.derive(first)
+    shelf.deliver()
+    assert shelf.purge(1000) == (True, False)
+
+
+def test_a_result_that_another_job_still_sends_stays(shelf: Shelf) -> None:
+    shelf.receive(1)
+    first = shelf.close("first", "second")
+    second = shelf.jobs.claim(1)
+    assert first is not None
+    assert second is not None
+    shelf.derive(first)
+    shelf.derive(second)  # the same model and options: the same derived series
+    due = shelf.jobs.due_deliveries(3)[0]
+    shelf.jobs.accepted(due.id, {"2.1.1": 0}, 3)
+    shelf.jobs.delivered(due, "", 3)
+    assert shelf.purge(1000) == (True, True)
+
+
+def test_a_late_instance_counts_from_its_own_arrival(shelf: Shelf) -> None:
+    _done(shelf)
+    shelf.receive(2, at=20 * HOUR, late="hold")
+    assert [shelf.purge(hours)[0] for hours in (43.9, 44.1)] == [True, False]
+
+
+def test_a_series_sent_again_after_its_files_went_is_stored_again(shelf: Shelf) -> None:
+    _done(shelf)
+    shelf.purge(30)
+    shelf.receive(1, at=31 * HOUR)
+    assert shelf.journal.known("1.1.1") == ("1.1", "0" * 64, False)
+    assert shelf.journal.open_series() == []  # and not translated twice
+    assert any(shelf.spool.stored())
+
+
+def test_a_file_that_is_just_coming_in_stays(shelf: Shelf) -> None:
+    _done(shelf)
+    part = shelf.spool.incoming / "part"
+    part.write_bytes(b"stored, its row not written yet")
+    shelf.spool.keep(part, "1.1", "1.1.2")
+    shelf.purge(1000)
+    assert [uid for _, uid, _ in shelf.spool.stored()] == ["1.1.2"]

@@ -1,0 +1,388 @@
+"""The acceptor of PS3.8 against its own table, against raw bytes and against pynetdicom."""
+
+import hashlib
+import resource
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom import dcmread
+from pynetdicom import AE, build_role
+from pynetdicom.fsm import TRANSITION_TABLE
+from pynetdicom.sop_class import (
+    CTImageStorage,
+    PatientRootQueryRetrieveInformationModelFind,
+    Verification,
+)
+
+from dicomnode.errors import OutOfResources
+from dicomnode.spool import dataset_digest
+from dicomnode.upper_layer import Limits, Listener, Received, Requestor
+from dicomnode.upper_layer.association import TRANSITIONS
+from dicomnode.upper_layer.dimse import read_command
+from dicomnode.upper_layer.negotiation import is_storage
+from tests.fuzz import wire
+from tests.fuzz.receiver import IDENTITY, STRANGER, Folder, data_set, listening
+from tests.fuzz.wire import CT, EXPLICIT, IMPLICIT, VERIFICATION, Wire
+from tests.peers import wait_for
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture
+def handler(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "kept")
+
+
+@pytest.fixture
+def listener(handler: Folder) -> Iterator[Listener]:
+    listener = listening(handler)
+    yield listener
+    listener.drain(0)
+    assert listener.associations == 0
+
+
+@pytest.fixture
+def open_wire(listener: Listener) -> Iterator[Wire]:
+    """An association with Verification on context 1 and CT on context 3."""
+    with Wire(listener.port) as peer:
+        peer.associate()
+        yield peer
+
+
+# the table
+
+
+def test_the_state_table_is_that_of_the_standard() -> None:
+    ours = {
+        (f"Evt{event}", f"Sta{state}"): action for (state, event), action in TRANSITIONS.items()
+    }
+    states = {state for _, state in ours}
+    requestor_only = {"Evt1", "Evt2", "Evt11"}  # connect, release request: we never do
+    theirs = {
+        (event, state): action
+        for (event, state), action in TRANSITION_TABLE.items()
+        if state in states and event not in requestor_only
+    }
+    assert ours == theirs
+
+
+# negotiation
+
+
+def test_what_could_be_archived_is_accepted_and_the_rest_is_not() -> None:
+    storage = [
+        "1.2.840.10008.5.1.4.1.1.2",
+        "1.2.840.10008.5.1.4.1.1.6",
+        "1.3.46.670589.11.0.0.12.1",
+    ]
+    assert all(map(is_storage, [*storage, "1.2.840.10008.5.1.4.1.1.999.9"]))
+    assert not any(map(is_storage, [VERIFICATION, wire.FIND, "1.2.840.10008.5.1.4.1.1.200.4"]))
+
+
+def test_the_first_known_transfer_syntax_is_taken(listener: Listener) -> None:
+    contexts = [
+        (1, CT, ("1.2.3.4", "1.2.840.10008.1.2.4.90", IMPLICIT)),
+        (3, CT, ("1.2.3.4",)),
+        (5, "1.2.840.10008.5.1.4.34.4.1", (IMPLICIT,)),
+        (7, "1.3.46.670589.11.0.0.12.1", (EXPLICIT,)),
+    ]
+    with Wire(listener.port) as peer:
+        results = wire.context_results(peer.associate(contexts))
+    assert results[1] == (0, "1.2.840.10008.1.2.4.90")
+    assert (results[3][0], results[5][0], results[7][0]) == (4, 3, 0)
+
+
+def test_a_class_that_the_peer_may_not_store_is_rejected(
+    handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler, "allows", lambda _, sop_class: sop_class != CT)
+    listener = listening(handler)
+    with Wire(listener.port) as peer:
+        results = wire.context_results(peer.associate())
+    listener.drain(0)
+    assert (results[1][0], results[3][0]) == (0, 1)
+
+
+def test_roles_and_asynchronous_operations_are_answered(listener: Listener) -> None:
+    ae = AE()
+    ae.add_requested_context(CTImageStorage)
+    both = build_role(CTImageStorage, scu_role=True, scp_role=True)
+    association = ae.associate("127.0.0.1", listener.port, ext_neg=[both])
+    roles = association.acceptor.role_selection[CTImageStorage]
+    assert (roles.scu_role, roles.scp_role) == (True, False)
+    association.release()
+    window = wire.item(0x53, struct.pack(">HH", 8, 8))
+    with Wire(listener.port) as peer:
+        assert wire.item(0x53, struct.pack(">HH", 1, 1)) in peer.associate(user=window)
+
+
+def test_a_peer_that_wants_to_be_scp_only_gets_no_context(listener: Listener) -> None:
+    uid = CT.encode()
+    role = wire.item(0x54, struct.pack(">H", len(uid)) + uid + bytes([0, 1]))
+    with Wire(listener.port) as peer:
+        assert wire.context_results(peer.associate(user=role))[3][0] == 1
+
+
+def test_items_that_nobody_knows_are_ignored(listener: Listener) -> None:
+    with Wire(listener.port) as peer:
+        peer.associate(user=wire.item(0x99, b"?" * 50) + wire.item(0x58, b"\1\0\0\1a\0\0"))
+        assert peer.echo() == 0
+
+
+@pytest.mark.parametrize(
+    ("request_pdu", "why"),
+    [
+        (wire.associate_rq(calling=STRANGER), (1, 1, 3)),
+        (wire.associate_rq(application="1.2.3"), (1, 1, 2)),
+        (wire.associate_rq(version=2), (1, 2, 2)),
+    ],
+    ids=["calling AE", "application context", "protocol version"],
+)
+def test_who_may_not_associate_is_told_why(
+    listener: Listener, handler: Folder, request_pdu: bytes, why: tuple[int, int, int]
+) -> None:
+    with Wire(listener.port) as peer:
+        assert peer.ask(request_pdu) == (wire.ASSOCIATE_RJ, bytes([0, *why]))
+    assert handler.ends == []
+
+
+def test_one_association_too_many_is_told_to_come_back(handler: Folder) -> None:
+    listener = listening(handler, associations=1)
+    with Wire(listener.port) as first, Wire(listener.port) as second:
+        first.associate()
+        assert second.ask(wire.associate_rq()) == (wire.ASSOCIATE_RJ, bytes([0, 2, 3, 2]))
+        first.ask(wire.RELEASE_RQ_PDU)
+    with Wire(listener.port) as third:
+        third.associate()
+    listener.drain(0)
+
+
+def test_other_services_reach_the_library_untouched(listener: Listener) -> None:
+    ae = AE()
+    ae.add_requested_context(PatientRootQueryRetrieveInformationModelFind)
+    ae.add_requested_context(Verification)
+    association = ae.associate("127.0.0.1", listener.port)
+    assert association.is_established
+    assert listener.associations == 1
+    assert association.send_c_echo().Status == 0
+    assert association.acceptor.implementation_class_uid != IDENTITY.implementation_class_uid
+    association.release()
+
+
+def test_a_huge_length_does_not_reach_the_library(listener: Listener) -> None:
+    with Wire(listener.port) as peer:
+        peer.associate([(1, wire.FIND, (IMPLICIT,))])
+        peer.send(wire.pdu(wire.P_DATA, b"", 0xFFFFFFFF))
+        kind, _ = peer.read()
+        assert kind in (0, wire.ABORT)
+
+
+# messages
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 131_066])
+def test_a_data_set_is_kept_as_received_in_fragments_of_any_size(
+    open_wire: Wire, handler: Folder, size: int
+) -> None:
+    sent = data_set(200 if size < 10 else 600_000)
+    assert open_wire.status(wire.store(sent, size=size)) == (0x8001, 0, "")
+    (path,) = handler.kept()
+    requestor, received = handler.received[0]
+    assert received.sha256 == hashlib.sha256(sent).hexdigest() == dataset_digest(path)[0]
+    assert (received.size, received.file_size) == (len(sent), path.stat().st_size)
+    assert path.read_bytes().endswith(sent)
+    assert (requestor.calling_ae, requestor.called_ae) == ("WIRE", "DICOMNODE")
+
+
+def test_the_file_says_where_it_came_from(open_wire: Wire, handler: Folder) -> None:
+    open_wire.status(wire.store(data_set(), "1.2.3.45"))
+    meta = dcmread(handler.kept()[0]).file_meta
+    assert meta.MediaStorageSOPClassUID == CT
+    assert meta.MediaStorageSOPInstanceUID == "1.2.3.45"
+    assert meta.TransferSyntaxUID == EXPLICIT
+    assert meta.ImplementationClassUID == IDENTITY.implementation_class_uid
+    assert meta.SourceApplicationEntityTitle == "WIRE"
+
+
+@given(cuts=st.lists(st.integers(1, 400), max_size=12), whole=st.booleans())
+def test_cut_a_message_as_you_like_and_it_is_the_same(
+    session_port: int, cuts: list[int], whole: bool
+) -> None:
+    """Command and data set in any number of PDVs per PDU, sent in any number of pieces."""
+    command, data = wire.store_rq(), data_set(100)
+    values = [wire.pdv(3, 1, command[:20]), wire.pdv(3, 3, command[20:])]
+    values += [wire.pdv(3, 0, data[at : at + 97]) for at in range(0, len(data), 97)]
+    values += [wire.pdv(3, 2, b"")]
+    if whole:
+        stream = wire.pdu(wire.P_DATA, b"".join(values))
+    else:
+        stream = b"".join(wire.pdu(wire.P_DATA, value) for value in values)
+    with Wire(session_port) as peer:
+        peer.associate()
+        for cut in cuts:
+            peer.send(stream[:cut])
+            stream = stream[cut:]
+        assert peer.status(stream + wire.p_data(1, 3, wire.ECHO_RQ))[:2] == (0x8001, 0)
+        assert wire.read_response(peer.read()[1][6:])[:2] == (0x8030, 0)
+
+
+@pytest.fixture(scope="module")
+def session_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    listener = listening(Folder(tmp_path_factory.mktemp("any"), drop=True))
+    yield listener.port
+    listener.drain(0)
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (wire.p_data(3, 3, wire.command(0x30, sop_class=CT)), 0x0211),
+        (wire.p_data(1, 3, wire.command(0x20, sop_class=VERIFICATION)), 0x0211),
+        (wire.p_data(3, 3, wire.store_rq(sop_class="1.2.3")) + wire.p_data(3, 2, b"ab"), 0x0122),
+        (wire.p_data(3, 3, wire.store_rq("")) + wire.p_data(3, 2, b"ab"), 0x0117),
+        (wire.p_data(3, 3, wire.store_rq("../../etc/x")) + wire.p_data(3, 2, b"ab"), 0x0117),
+        (wire.p_data(3, 3, wire.store_rq("1." * 5000)) + wire.p_data(3, 2, b"ab"), 0x0117),
+        (wire.p_data(3, 3, wire.command(1, sop_instance="1.2")), 0xC000),
+    ],
+    ids=["echo on CT", "find", "class", "no UID", "path", "long UID", "no data set"],
+)
+def test_what_we_cannot_do_is_answered_and_the_association_lives(
+    open_wire: Wire, handler: Folder, message: bytes, status: int
+) -> None:
+    assert open_wire.status(message)[1] == status
+    assert open_wire.echo() == 0
+    assert handler.kept() == handler.half() == []
+
+
+def test_a_cancel_is_not_answered(open_wire: Wire) -> None:
+    elements = wire.element(0x0100, b"\xff\x0f") + wire.element(0x0120, b"\1\0")
+    elements += wire.element(0x0800, b"\1\1")
+    open_wire.send(wire.p_data(3, 3, elements))
+    assert open_wire.echo() == 0
+
+
+def test_an_answer_fits_the_longest_pdu_that_the_peer_takes(listener: Listener) -> None:
+    with Wire(listener.port) as peer:
+        peer.associate(max_length=40)
+        peer.send(wire.p_data(1, 3, wire.ECHO_RQ))
+        answer, last = b"", False
+        while not last:
+            kind, body = peer.read()
+            assert kind == wire.P_DATA
+            assert len(body) <= 40
+            answer, last = answer + body[6:], bool(body[5] & 2)
+    assert wire.read_response(answer)[:2] == (0x8030, 0)
+    assert read_command(answer).is_response
+
+
+def test_a_refused_data_set_is_read_away(
+    open_wire: Wire, handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Path:
+        raise OutOfResources("no room")
+
+    monkeypatch.setattr(handler, "part_path", full)
+    assert open_wire.status(wire.store(data_set(500_000))) == (0x8001, 0xA700, "no room")
+    monkeypatch.undo()
+    assert open_wire.status(wire.store(data_set()))[1] == 0
+
+
+def test_a_disk_that_refuses_in_the_middle_is_out_of_resources(
+    open_wire: Wire, handler: Folder
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        field, status, comment = open_wire.status(wire.store(data_set(300_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (field, status, comment) == (0x8001, 0xA700, "could not store: File too large")
+    assert handler.half() == handler.kept() == []
+    assert open_wire.status(wire.store(data_set(300_000)))[1] == 0
+
+
+def test_a_data_set_beyond_the_limit_is_refused(handler: Folder) -> None:
+    listener = listening(handler, Limits(max_data_set_bytes=10_000))
+    with Wire(listener.port) as peer:
+        peer.associate()
+        assert peer.status(wire.store(data_set(500_000)))[1] == 0xA700
+        assert peer.status(wire.store(data_set(10)))[1] == 0
+    listener.drain(0)
+    assert handler.half() == []
+
+
+def test_what_the_handler_refuses_is_answered_in_64_characters(
+    open_wire: Wire, handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(requestor: Requestor, received: Received) -> tuple[int, str]:
+        raise OutOfResources("the disk of this node is full\\ " * 5)
+
+    monkeypatch.setattr(handler, "store", refuse)
+    field, status, comment = open_wire.status(wire.store(data_set()))
+    assert (field, status) == (0x8001, 0xA700)
+    assert 60 <= len(comment) <= 64
+    assert "\\" not in comment
+    assert handler.half() == []
+
+
+def test_a_bug_in_the_handler_aborts_and_leaves_nothing(
+    open_wire: Wire, listener: Listener, handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(requestor: Requestor, received: Received) -> tuple[int, str]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(handler, "store", fail)
+    assert open_wire.ask(wire.store(data_set()))[0] == wire.ABORT
+    wait_for(lambda: handler.ends == [("WIRE", "aborted")], "the association to end", 5)
+    assert handler.half() == []
+    with Wire(listener.port) as peer:
+        peer.associate()
+
+
+# ends
+
+
+def test_a_release_is_answered_and_told(open_wire: Wire, handler: Folder) -> None:
+    assert open_wire.ask(wire.RELEASE_RQ_PDU) == (wire.RELEASE_RP, bytes(4))
+    assert handler.ends == [("WIRE", "released")]
+
+
+@pytest.mark.parametrize("how", ["abort", "close", "release"])
+def test_an_end_inside_a_data_set_leaves_no_file(
+    open_wire: Wire, listener: Listener, handler: Folder, how: str
+) -> None:
+    open_wire.send(wire.p_data(3, 3, wire.store_rq()) + wire.p_data(3, 0, bytes(50_000)))
+    wait_for(handler.half, "the file to begin", 5)
+    if how == "close":
+        open_wire.socket.close()
+    else:
+        open_wire.send(wire.ABORT_PDU if how == "abort" else wire.RELEASE_RQ_PDU)
+    wait_for(lambda: handler.ends == [("WIRE", "aborted")], "the association to end", 5)
+    assert handler.half() == handler.kept() == []
+    assert listener.associations == 0
+
+
+def test_a_silent_association_is_aborted_when_its_time_is_up(
+    handler: Folder, listener: Listener
+) -> None:
+    with Wire(listener.port) as peer:
+        peer.associate()
+        assert peer.read() == (wire.ABORT, bytes(4))
+    assert handler.ends == [("WIRE", "aborted")]
+
+
+def test_drain_lets_associations_end_and_aborts_the_rest(handler: Folder) -> None:
+    listener = listening(handler)
+    with Wire(listener.port) as peer:
+        peer.associate()
+        peer.send(wire.p_data(3, 3, wire.store_rq()) + wire.p_data(3, 0, bytes(50_000)))
+        wait_for(handler.half, "the file to begin", 5)
+        listener.drain(0.3)
+        assert peer.read() == (wire.ABORT, bytes(4))
+    assert handler.half() == []
+    assert handler.ends == [("WIRE", "aborted")]
+    assert listener.port == 0
