@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,40 +69,61 @@ def _instance(kind: str, pixels: bytes, frames: int, rows: int, series: str, pat
     return path
 
 
+@dataclass(frozen=True)
+class Running:
+    """A receiver that listens."""
+
+    port: int
+    pid: int = 0
+
+    def cpu_seconds(self) -> float:
+        """Of the process and its children so far; nan if we do not know the process."""
+        if not self.pid:
+            return float("nan")
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return sum(_cpu_seconds(pid) for pid in [str(self.pid), *children])
+
+
+def _cpu_seconds(pid: str) -> float:
+    """User and system time of a process and of the children that it has waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def ours(folder: Path, *options: str) -> Iterator[int]:
-    """Our acceptor with `tests.fuzz.receiver` behind it; its port."""
+def ours(folder: Path, *options: str) -> Iterator[Running]:
+    """Our acceptor with `tests.fuzz.receiver` behind it."""
     command = [sys.executable, "-m", "tests.fuzz.receiver", str(folder), *options]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     ) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("no pipes")
-        yield int(process.stdout.readline().split()[0])
+        yield Running(*map(int, process.stdout.readline().split()))
         process.stdin.close()
         process.wait(20)
 
 
 @contextlib.contextmanager
-def dcmtk(folder: Path, *options: str) -> Iterator[int]:
-    """DCMTK's storescp, a process per association; its port."""
+def dcmtk(folder: Path, *options: str) -> Iterator[Running]:
+    """DCMTK's storescp, a process per association."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     with subprocess.Popen(
         [STORESCP, "--fork", "-od", str(folder), *options, str(port)], env=ENVIRONMENT
     ) as process:
         wait_for(lambda: listens(port), "storescp to listen")
-        yield port
+        yield Running(port, process.pid)
         process.terminate()
 
 
 @contextlib.contextmanager
-def orthanc_receiver(folder: Path) -> Iterator[int]:
-    """Debian's Orthanc as it comes: its storage is synced; its port."""
+def orthanc_receiver(folder: Path) -> Iterator[Running]:
+    """Debian's Orthanc as it comes: its storage is synced."""
     if not Path(ORTHANC).exists():
         raise FileNotFoundError(ORTHANC)
     with orthanc(folder) as archive:
-        yield archive.port
+        yield Running(archive.port)
 
 
 def shares(files: Sequence[Path], associations: int) -> list[list[Path]]:
@@ -125,18 +147,25 @@ def settle() -> None:
 
 
 def report(
-    title: str, seconds: dict[str, list[float]], instances: int, megabytes: float, base: str
+    title: str,
+    seconds: dict[str, list[float]],
+    instances: int,
+    megabytes: float,
+    base: str,
+    cpu: Mapping[str, list[float]] | None = None,
 ) -> None:
-    """A Markdown table: median, spread and ratio to `base` of each line."""
+    """A Markdown table: median, spread and ratio to `base` of each line; its CPU time if known."""
     print(f"\n### {title}\n")
-    print(f"| | instances/s | MB/s | seconds: median (least - most) | x {base} |")
-    print("|---|---:|---:|---:|---:|")
+    cpu_head, cpu_rule = (" CPU s |", "---:|") if cpu else ("", "")
+    print(f"| | instances/s | MB/s | seconds: median (least - most) | x {base} |{cpu_head}")
+    print(f"|---|---:|---:|---:|---:|{cpu_rule}")
     reference = statistics.median(seconds[base])
     for name, times in seconds.items():
         median = statistics.median(times)
         spread = f"{median:.3f} ({min(times):.3f} - {max(times):.3f})"
         rates = f"{instances / median:.0f} | {megabytes / median:.0f}"
-        print(f"| {name} | {rates} | {spread} | {reference / median:.2f} |", flush=True)
+        used = f" {statistics.median(cpu[name]):.2f} |" if cpu else ""
+        print(f"| {name} | {rates} | {spread} | {reference / median:.2f} |{used}", flush=True)
 
 
 def machine() -> str:

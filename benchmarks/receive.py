@@ -21,6 +21,7 @@ from pydicom.filereader import read_file_meta_info
 
 from benchmarks.peers import (
     ENVIRONMENT,
+    Running,
     dcmtk,
     instances,
     machine,
@@ -35,7 +36,7 @@ from tests.fuzz import wire
 from tests.fuzz.wire import EXPLICIT, Wire
 from tests.peers import DCMSEND
 
-Receiver = Callable[[Path], AbstractContextManager[int]]
+Receiver = Callable[[Path], AbstractContextManager[Running]]
 _PDU = 16_378
 """Bytes of data per PDV of the replay: PDUs of 16 KiB, as DCMTK sends by default."""
 BASE = "DCMTK storescp"
@@ -105,15 +106,20 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def once(name: str, sender: str, files: Sequence[Path], associations: int, where: Path) -> float:
+def once(
+    name: str, sender: str, files: Sequence[Path], associations: int, where: Path
+) -> tuple[float, float]:
+    """Seconds, and the receiver's CPU seconds."""
     receiver, sync = RECEIVERS[name]
-    with scratch(where) as folder, receiver(folder / "kept") as port:
+    with scratch(where) as folder, receiver(folder / "kept") as running:
         settle()
-        seconds = SENDERS[sender](port, files, associations)
+        before = running.cpu_seconds()
+        seconds = SENDERS[sender](running.port, files, associations)
+        used = running.cpu_seconds() - before
         start = time.perf_counter()
         if sync:
             _sync(folder / "kept")
-        return seconds + time.perf_counter() - start
+        return seconds + time.perf_counter() - start, used
 
 
 def main() -> None:
@@ -137,17 +143,19 @@ def main() -> None:
             for sender in options.senders:
                 for associations in options.associations if len(files) > 1 else [1]:
                     seconds: dict[str, list[float]] = {name: [] for name in RECEIVERS}
+                    cpu: dict[str, list[float]] = {name: [] for name in RECEIVERS}
                     for _ in range(options.repeats):
                         for name in RECEIVERS:
                             with contextlib.suppress(FileNotFoundError):  # not installed
-                                took = once(name, sender, files, associations, data)
+                                took, used = once(name, sender, files, associations, data)
                                 seconds[name].append(took)
+                                cpu[name].append(used)
                     measured = {name: times for name, times in seconds.items() if times}
                     title = (
                         f"{len(files)} x {kind} ({megabytes:.0f} MB), {sender}, "
                         f"{associations} association{'s' * (associations > 1)}"
                     )
-                    report(title, measured, len(files), megabytes, BASE)
+                    report(title, measured, len(files), megabytes, BASE, cpu)
 
 
 if __name__ == "__main__":

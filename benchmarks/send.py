@@ -103,9 +103,9 @@ def _measure(
     parts = shares(files, associations)
     for _ in range(repeats):
         for name, sender in SENDERS.items():
-            with scratch(where) as folder, RECEIVERS[receiver](folder / "kept") as port:
+            with scratch(where) as folder, RECEIVERS[receiver](folder / "kept") as running:
                 settle()
-                seconds[name].append(sender(port, parts))
+                seconds[name].append(sender(running.port, parts))
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     size = f"{len(files)} x {files[0].parent.name} ({megabytes:.0f} MB)"
     title = f"{size} to {receiver}, {associations} association{'s' * (associations > 1)}"

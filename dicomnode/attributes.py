@@ -60,7 +60,7 @@ CONTRAST = _words(  # C.7.6.4 Contrast/Bolus
 )
 
 PET = _words(  # C.8.9.1 PET Series, C.8.9.2 Isotope, C.8.9.4 Image, C.8.4.6 NM/PET Orientation
-    "SeriesDate SeriesTime CountsSource SeriesType ReprojectionMethod NumberOfTimeSlices "
+    "SeriesDate SeriesTime CountsSource SeriesType ReprojectionMethod "
     "RandomsCorrectionMethod AttenuationCorrectionMethod AttenuationCorrectionSource "
     "AttenuationCorrectionTemporalRelationship ScatterCorrectionMethod DecayCorrection "
     "ReconstructionDiameter ConvolutionKernel ReconstructionMethod DetectorLinesOfResponseUsed "
@@ -88,6 +88,14 @@ PER_SLICE = _words(
 )
 """What commonly differs from slice to slice, so that a template leaves it out."""
 WINDOW = ("WindowCenter", "WindowWidth", "WindowCenterWidthExplanation", "VOILUTFunction")
+_PAIRED = frozenset(  # body parts with a side (PS3.16 Annex L)
+    _words(
+        "ANKLE ARM AXILLA BREAST CALCANEUS CALF CLAVICLE EAR ELBOW EXTREMITY EYE FEMUR FIBULA "
+        "FINGER FOOT FOREARM HAND HIP HUMERUS IAC KIDNEY KIDNEYS KNEE LEG LOWERLEG LOWEXTREMITY "
+        "LUNG LUNGS OVARY PATELLA RADIUS SCAPULA SCJOINT SHOULDER TESTIS THIGH THUMB TIBIA TMJ "
+        "TOE ULNA UPEXTREMITY UPPERARM WRIST ZYGOMA"
+    )
+)
 SIDE = ("Laterality", "BodyPartExamined", "AnatomicRegionSequence", "ImageLaterality")
 
 
@@ -136,10 +144,16 @@ def copy_attributes(derived: Dataset, source: Dataset, keywords: Iterable[str]) 
 
 
 def copy_laterality(derived: Dataset, source: Dataset) -> None:
-    """Laterality is type 2C: empty only where nothing else may say the side (PS3.3 C.7.3.1)."""
+    """Laterality is type 2C: empty only where a side may be missing (PS3.3 C.7.3.1).
+
+    That is a paired body part, or none at all, and no ImageLaterality.
+    """
     if source.get("Laterality") in ("L", "R"):
         copy_attributes(derived, source, ["Laterality"])
-    elif not any(source.get(keyword) for keyword in SIDE[1:]):
+        return
+    part = str(source.get("BodyPartExamined") or "").upper()
+    unsaid = not part and not source.get("AnatomicRegionSequence")
+    if (part in _PAIRED or unsaid) and not source.get("ImageLaterality"):
         derived.Laterality = None
 
 

@@ -199,8 +199,7 @@ def _not_negative(
 
 
 def _window(low: float, high: float, name: str) -> tuple[str, str, str]:
-    centre, width = (low + high) / 2, high - low
-    return format_number_as_ds(centre), format_number_as_ds(width), name
+    return f"{(low + high) / 2:.8g}", f"{high - low:.8g}", name
 
 
 def _fit(encodings: Sequence[Encoding], prediction: Volume, source: Volume) -> bool:

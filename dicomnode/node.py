@@ -20,21 +20,19 @@ from typing import IO
 
 from dicomnode import __version__, metrics
 from dicomnode.commitment import Commitments
+from dicomnode.completion import Completion
 from dicomnode.config import NodeConfig
 from dicomnode.errors import ConfigError, PackageError, WorkerLost
-from dicomnode.expected import Expected, expected_count
 from dicomnode.history import History
-from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.package import ModelPackage, read_package
 from dicomnode.jobs import Job, Jobs
-from dicomnode.journal import Journal, OpenSeries
+from dicomnode.journal import Journal
 from dicomnode.lifecycle import Event
 from dicomnode.mpps import PerformedSteps
 from dicomnode.outbox import Outbox
 from dicomnode.retention import purge
-from dicomnode.routing import decide, keywords_of
 from dicomnode.scp import LibraryService, StorageScp, adopt
-from dicomnode.series import Carriers, common_header, judge, missing_slices, read_headers
+from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.web.server import Pages, WebServer
@@ -51,6 +49,7 @@ _TICK_SECONDS = 0.2
 _IDLE_SECONDS = 1.0
 """Between looks when nothing is under way: an operator's retry comes through the journal."""
 _HOUSEKEEPING_SECONDS = 60.0
+_NAMES_SECONDS = 5.0
 
 
 class Node:
@@ -81,9 +80,9 @@ class Node:
         self._web = WebServer(config.http.bind, config.http.port, pages)
         self._worker: Worker | None = None
         self._worker_state = "the models are not loaded yet"
-        self._missing: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, tuple[float, frozenset[str], Expected | None]] = {}
-        self._started = time.time()
+        self._completion = Completion(
+            config, self._spool, self._journal, self._jobs, self._carriers, self._steps.expected
+        )
         self._stop = threading.Event()
         self._queued, self._due = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
@@ -95,7 +94,7 @@ class Node:
             OSError: a port is in use or an address is not ours.
         """
         self._recover()
-        self._started = time.time()
+        self._completion.started = time.time()
         self._web.start()
         steps = (
             self.complete_series,
@@ -109,6 +108,9 @@ class Node:
             thread = threading.Thread(target=self._repeat, args=(step,), name=step.__name__)
             thread.start()
             self._threads.append(thread)
+        first_look = threading.Thread(target=self._scp.access.refresh, daemon=True)
+        first_look.start()
+        first_look.join(_NAMES_SECONDS)  # so that peers with host names are known from the start
         self._scp.start()
         ports = {"dicom": self._scp.port, "http": self._web.port, "pid": os.getpid()}
         (self._config.node.data_dir / "node.json").write_text(json.dumps(ports), "utf-8")
@@ -147,88 +149,10 @@ class Node:
 
     def complete_series(self) -> None:
         """Close every open series that is complete, and queue a job for each route it takes."""
-        open_series = self._journal.open_series()
-        for series in open_series:
-            try:
-                self._judge(series)
-            except Exception:  # one series that breaks must not hold up the others
-                log.exception("series %s could not be judged", series.series_uid)
-        self._stop.wait(_TICK_SECONDS if open_series else 2 * _TICK_SECONDS)
-
-    def _judge(self, series: OpenSeries) -> None:
-        now = time.time()
-        verdict = judge(
-            series,
-            lambda: self._missing_slices(series),
-            self._carriers.released_at(series.series_uid),
-            self._config.series,
-            now,
-            self._started,
-            lambda released: self._announced(series, released),
-        )
-        if not verdict.complete:
-            return
-        notes = [f"complete: {verdict.reason}"]
-        routes: list[tuple[str, str]] = []
-        if verdict.missing:
-            outcome = f"refused: MISSING_SLICES: {verdict.reason}; send the whole series again"
-        else:
-            routes, outcome, why = self._route(series)
-            notes += why
-        notes.append(outcome)
-        if self._jobs.close_series(series, outcome, routes, notes, now):
+        judged, closed = self._completion.step(time.time())
+        if closed:
             self._queued.set()
-            self._carriers.forget(series.series_uid)
-            self._missing.pop(series.series_uid, None)
-            self._said.pop(series.series_uid, None)
-            metrics.series_completed.labels(verdict.kind).inc()
-            log.info("series %s %s; %s", series.series_uid, notes[0], outcome)
-
-    def _missing_slices(self, series: OpenSeries) -> int:
-        """Counted once per state of the series: it is asked for every tick."""
-        seen = self._missing.get(series.series_uid)
-        if seen is None or seen[0] != series.last_received:
-            missing = missing_slices(self._journal.planes(series.series_uid))
-            seen = self._missing[series.series_uid] = (series.last_received, missing)
-        return seen[1]
-
-    def _announced(self, series: OpenSeries, released: bool) -> str | None:
-        """Who says that all instances of the series are here; None: nobody does."""
-        seen = self._said.get(series.series_uid)
-        if seen is None or seen[0] != series.last_received:
-            said = self._journal.announcements(series.series_uid)
-            seen = (series.last_received, frozenset(said), expected_count(said.values()))
-            self._said[series.series_uid] = seen
-        _, here, count = seen
-        performed = self._steps.expected(series.series_uid)
-        if performed is not None and performed <= here:
-            return "MPPS completed"
-        if count is not None and len(here) == count.count and (count.alone or released):
-            return count.keyword
-        return None
-
-    def _route(self, series: OpenSeries) -> tuple[list[tuple[str, str]], str, list[str]]:
-        """The (route, priority) pairs a series takes, the outcome in words, every decision."""
-        uids = self._journal.instance_uids(series.series_uid)
-        paths = [self._spool.path(series.series_uid, uid) for uid in uids]
-        keywords = keywords_of(self._config.routes)
-        headers = read_headers(paths, keywords)
-        extra: dict[str, str | float] = {
-            "CallingAETitle": series.calling_ae,
-            "CalledAETitle": series.called_ae,
-            "Instances": float(len(paths)),
-        }
-        header = common_header(headers, keywords, extra)
-        decisions = decide(header, self._config.routes, any(map(is_synthetic, headers)))
-        taken: list[tuple[str, str]] = [
-            (d.route.name, d.route.priority) for d in decisions if d.taken
-        ]
-        outcome = (
-            f"routed: {', '.join(name for name, _ in taken)}"
-            if taken
-            else "ignored: no route matches"
-        )
-        return taken, outcome, [str(decision) for decision in decisions]
+        self._stop.wait(_TICK_SECONDS if judged else 2 * _TICK_SECONDS)
 
     def translate_next(self) -> None:
         """Bring one queued job to its next state; nothing to do without a ready worker."""

@@ -174,7 +174,11 @@ def contributing_equipment(
 
 
 def _earliest_acquisition(datasets: Sequence[Dataset]) -> str | None:
-    """The first acquisition time of the series as a DT text, None if it says none."""
+    """The first acquisition time of the series as a DT text, None if it says none.
+
+    With the offset that the source declares, so that it stays true where that is not known.
+    """
+    zone = str(datasets[0].get("TimezoneOffsetFromUTC") or "")
     times = []
     for dataset in datasets:
         text = str(dataset.get("AcquisitionDateTime") or "")
@@ -182,7 +186,10 @@ def _earliest_acquisition(datasets: Sequence[Dataset]) -> str | None:
         text = text or (date + time if date else "")
         if re.fullmatch(r"\d{8}(\d{6}(\.\d{1,6})?)?([+-]\d{4})?", text):
             times.append(text)
-    return min(times, default=None)
+    first = min(times, default=None)
+    if first is None or len(first) < 14 or re.search(r"[+-]", first):
+        return first
+    return first + zone if re.fullmatch(r"[+-]\d{4}", zone) else first
 
 
 def _model(identity: Identity) -> str:

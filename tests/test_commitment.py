@@ -29,6 +29,7 @@ from pynetdicom import AE, build_context, evt
 from pynetdicom.dimse_primitives import N_ACTION
 from pynetdicom.dsutils import encode
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
+from sqlalchemy import text
 
 from dicomnode import tables as t
 from dicomnode.commitment import Commitments
@@ -343,6 +344,19 @@ def test_a_wrong_request_is_refused_and_not_recorded(
 ) -> None:
     assert ask(asked_wrongly.port, dataset, **options) == status
     assert asked_wrongly.state("1.2.3") is None
+
+
+def test_without_a_journal_nothing_is_promised(archived: Archived, modality: Modality) -> None:
+    """0x0213 says that it may be tried again; the association goes on."""
+    uid = generate_uid()
+    with serving(archived, modality.peer) as service:
+        with service.database.write() as db:
+            db.execute(text("ALTER TABLE commitment_items RENAME TO lost"))
+        assert ask(service.port, information(uid, archived.references)) == 0x0213
+        with service.database.write() as db:
+            db.execute(text("ALTER TABLE lost RENAME TO commitment_items"))
+        assert service.state(uid) is None
+        assert ask(service.port, information(uid, archived.references)) == 0
 
 
 def event_of(encoded: bytes) -> evt.Event:

@@ -29,6 +29,7 @@ from dicomnode.derived import (
 from dicomnode.errors import ConfigError, SeriesRefused
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.pixels import encoding_of
+from dicomnode.imaging.units import Unit
 from dicomnode.imaging.volume import Volume, volume_from_datasets
 from tests.factories import (
     AXIAL,
@@ -76,10 +77,12 @@ def derive(
     identity: Identity = DENOISER,
     options: OutputOptions | None = None,
     now: datetime = NOW,
+    unit: Unit = "HU",
+    to: Unit = "HU",
 ) -> tuple[Volume, Volume, list[Dataset]]:
-    """Source volume, prediction (source plus `change` HU) and derived instances."""
-    source, ordered = volume_from_datasets(datasets)
-    prediction = source.with_voxels((source.voxels + change).astype(np.float32), "HU")
+    """Source volume in `unit`, prediction (source plus `change`, in `to`), derived instances."""
+    source, ordered = volume_from_datasets(datasets, unit, min_slices=1)
+    prediction = source.with_voxels((source.voxels + change).astype(np.float32), to)
     derived = derive_series(prediction, source, ordered, identity, options or OutputOptions(), now)
     return source, prediction, list(derived)
 

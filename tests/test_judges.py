@@ -1,4 +1,4 @@
-"""The judges find what is planted, so that their silence means something."""
+"""The judges find what is planted beside the ten of judge_selftest.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,47 +14,13 @@ from tests.test_derived import derive
 HANGUL = "\\ISO 2022 IR 149"
 
 
-def _moved(ds: Dataset) -> None:
-    x, y, z = ds.ImagePositionPatient
-    ds.ImagePositionPatient = [x, y, float(z) + 0.2]
-
-
 def _all_moved(ds: Dataset) -> None:
     x, y, z = ds.ImagePositionPatient
     ds.ImagePositionPatient = [x, float(y) + 5, z]
 
 
-def _brighter(ds: Dataset) -> None:
-    ds.RescaleIntercept = float(ds.RescaleIntercept) + 1
-
-
 def _steeper(ds: Dataset) -> None:
     ds.RescaleSlope = 1.01
-
-
-def _latin(ds: Dataset) -> None:
-    ds.SpecificCharacterSet = "ISO_IR 100"
-    ds.PatientName = "Bühler^Änne"
-
-
-def _other_patient(ds: Dataset) -> None:
-    ds.PatientID = "SOMEONE"
-
-
-def _no_frame(ds: Dataset) -> None:
-    del ds.FrameOfReferenceUID
-
-
-def _bad_type(ds: Dataset) -> None:
-    ds.ImageType = ["SYNTHETIC", "SECONDARY"]
-
-
-def _private(ds: Dataset) -> None:
-    ds.private_block(0x0029, "X", create=True).add_new(1, "LO", "x")
-
-
-def _contrast(ds: Dataset) -> None:
-    ds.ContrastBolusAgent = "Iomeprol"
 
 
 def _unmarked(ds: Dataset) -> None:
@@ -68,16 +34,8 @@ def _same_uid(ds: Dataset) -> None:
 
 FAULTS: list[tuple[Callable[[Dataset], None], bool, set[str]]] = [
     # fault, in every slice or in the middle one only, judges that must see it
-    (_moved, False, {"contract"}),
     (_all_moved, True, {"SimpleITK grid", "contract"}),
-    (_brighter, False, {"values"}),
     (_steeper, True, {"values"}),
-    (_latin, True, {"dcentvfy", "dcmtk text", "contract"}),
-    (_other_patient, True, {"dcentvfy"}),
-    (_no_frame, True, {"dciodvfy", "contract"}),
-    (_bad_type, True, {"dciodvfy", "contract"}),
-    (_private, False, {"contract"}),
-    (_contrast, False, {"contract"}),
     (_unmarked, False, {"contract"}),
     (_same_uid, False, {"contract"}),
 ]

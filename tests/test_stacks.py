@@ -306,7 +306,7 @@ def rows_of(root: Path) -> list[str]:
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.suffix != ".md":
             ds = dcmread(path)
-            series[path.parent.relative_to(root)][str(ds.SeriesInstanceUID)].append(ds)
+            series[path.parent.relative_to(root)][str(ds.get("SeriesInstanceUID"))].append(ds)
     rows = []
     for folder, by_uid in sorted(series.items()):
         lines: dict[str, int] = defaultdict(int)

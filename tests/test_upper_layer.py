@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 from pynetdicom import AE, build_role
@@ -161,6 +161,16 @@ def test_one_association_too_many_is_told_to_come_back(handler: Folder) -> None:
     listener.drain(0)
 
 
+def test_rejected_strangers_take_no_place(handler: Folder) -> None:
+    listener = listening(handler, associations=1)
+    for _ in range(3):
+        with Wire(listener.port) as stranger:
+            stranger.ask(wire.associate_rq(calling=STRANGER))
+    with Wire(listener.port) as peer:
+        peer.associate()
+    listener.drain(0)
+
+
 def test_other_services_reach_the_library_untouched(listener: Listener) -> None:
     ae = AE()
     ae.add_requested_context(PatientRootQueryRetrieveInformationModelFind)
@@ -208,6 +218,7 @@ def test_the_file_says_where_it_came_from(open_wire: Wire, handler: Folder) -> N
     assert meta.SourceApplicationEntityTitle == "WIRE"
 
 
+@settings(deadline=None, max_examples=60)
 @given(cuts=st.lists(st.integers(1, 400), max_size=12), whole=st.booleans())
 def test_cut_a_message_as_you_like_and_it_is_the_same(
     session_port: int, cuts: list[int], whole: bool

@@ -252,6 +252,14 @@ def test_an_undecodable_slice_is_left_out_at_an_end_and_refuses_the_stack_within
     assert volume.left_out[0].sop_instance_uid == series[broken].SOPInstanceUID
 
 
+def test_a_stack_with_many_broken_slices_is_refused() -> None:
+    series = ct_series(9, syntax=JPEGLSLossless)
+    for ds in series[:4]:
+        ds.PixelData = encapsulate([b"broken"])
+    assert code_of(series) == "UNDECODABLE"
+    assert volume_from_datasets(series[1:])[0].voxels.shape[0] == 5
+
+
 def test_a_stack_that_is_too_small_without_its_broken_slice_is_refused() -> None:
     series = ct_series(2, 64, 64, syntax=JPEGLSLossless)
     series[0].PixelData = encapsulate([b"broken"])

@@ -172,7 +172,7 @@ def _load(
 ) -> Sample | str:
     """The slice of one file, or why it is left out."""
     content = path.read_bytes()
-    recipe = f"{CACHE_FORMAT} {low_dose.realisations} {low_dose.views} {seed} "
+    recipe = f"{CACHE_FORMAT} {low_dose.realisations} {seed} "
     key = hashlib.sha256(recipe.encode() + content).hexdigest()[:32]
     try:
         dataset = dcmread(path)
@@ -182,7 +182,7 @@ def _load(
         value = str(dataset.get(keyword, ""))
         if any(fnmatchcase(value, pattern) for pattern in patterns):
             return f"EXCLUDED_{keyword}"
-    stored = cache / f"{key}.npz"
+    stored = cache / f"{key}-{low_dose.views}.npz"
     if not stored.exists():
         reason = _simulate(dataset, low_dose, np.random.default_rng([seed, int(key, 16)]), stored)
         if reason:

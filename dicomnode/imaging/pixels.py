@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
@@ -37,6 +38,7 @@ _STRICT_PLUGIN = {  # others, if installed, give an image for a truncated frame,
 }
 
 
+_START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # ISO 10918-1, 14495-1
 _CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
 
 
@@ -197,9 +199,36 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
         raise refused(
             "UNDECODABLE", dataset, f"pixel data: {type(error).__name__}", "send it again"
         ) from error
-    if stored.shape != (dataset.Rows, dataset.Columns) or stored.dtype.itemsize != 2:
+    size = (dataset.Rows, dataset.Columns)
+    if stored.shape != size or stored.dtype.itemsize != 2:
         raise refused("UNDECODABLE", dataset, f"decodes to {stored.shape}", "send it again")
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        coded = _coded_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
+        if coded is not None and coded != size:
+            raise refused("UNDECODABLE", dataset, f"holds an image of {coded}", "send it again")
     return stored
+
+
+def _coded_size(frame: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 code stream says it has; None: unknown.
+
+    Decoders are told only the number of pixels: they give a scrambled image if rows and columns
+    are swapped.
+    """
+    if frame[:4] == b"\xff\x4f\xff\x51" and len(frame) >= 24:  # SOC, SIZ (ISO 15444-1 A.5.1)
+        right, bottom, left, top = (
+            int.from_bytes(frame[at : at + 4], "big") for at in (8, 12, 16, 20)
+        )
+        return bottom - top, right - left
+    at = 2
+    while frame[:2] == b"\xff\xd8" and at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        if marker in _START_OF_FRAME:
+            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(
+                frame[at + 7 : at + 9], "big"
+            )
+        at += 1 if marker == 0xFF else 2 + length
+    return None
 
 
 def has_decoder(dataset: Dataset) -> bool:

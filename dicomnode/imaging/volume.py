@@ -33,6 +33,8 @@ SAME_POSITION_MM = 0.01
 """Slices closer than this along the normal lie at the same position."""
 SAME_DIRECTION = 1e-4
 """Largest difference of a direction cosine within one stack: 0.05 mm at 500 mm."""
+MOST_LEFT_OUT = 3
+"""With more slices than this that cannot be decoded a stack is refused: a try can take seconds."""
 SHEARED_DEGREES = 0.1
 """A stack whose axis is farther than this from the slice normal is sheared (gantry tilt)."""
 
@@ -365,6 +367,8 @@ def _decode(
         except SeriesRefused as error:
             broken.append((dataset, error))
             digests.append("")
+            if len(broken) > MOST_LEFT_OUT:
+                raise
             continue
         voxels[index] = encoding.to_physical(stored)
         digests.append(pixel_digest(stored))

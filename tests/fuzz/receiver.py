@@ -72,8 +72,9 @@ class Folder:
         return 0, ""
 
     def ended(self, requestor: Requestor, how: Literal["released", "aborted"]) -> None:
-        with self._lock:
-            self.ends.append((requestor.calling_ae, how))
+        if not self.drop:
+            with self._lock:
+                self.ends.append((requestor.calling_ae, how))
 
     def kept(self) -> list[Path]:
         return sorted(self.folder.glob("*.dcm"))

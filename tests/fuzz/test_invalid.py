@@ -55,6 +55,24 @@ def open_wire(listener: Listener) -> Iterator[Wire]:
         (wire.p_data(3, 3, wire.store_rq()) + wire.p_data(3, 3, wire.store_rq()), 5),
         (wire.pdu(5, b"12345"), 6),
     ],
+    ids=[
+        "unknown type",
+        "second request",
+        "accept",
+        "reject",
+        "release response",
+        "huge length",
+        "one byte too long",
+        "empty",
+        "PDV longer than PDU",
+        "huge PDV",
+        "short PDV",
+        "unknown context",
+        "data without command",
+        "mixed contexts",
+        "command in data",
+        "release length",
+    ],
 )
 def test_an_invalid_pdu_is_aborted_with_its_reason(
     open_wire: Wire, handler: Folder, pdu: bytes, reason: int
@@ -102,3 +120,8 @@ def test_an_invalid_request_is_aborted(listener: Listener, body: bytes) -> None:
     with Wire(listener.port) as peer:
         assert peer.ask(wire.pdu(1, body))[0] == wire.ABORT
         assert listener.associations == 0
+
+
+def test_a_request_that_is_too_long_is_aborted_before_it_comes(listener: Listener) -> None:
+    with Wire(listener.port) as peer:
+        assert peer.ask(wire.pdu(1, b"", 131_073))[0] == wire.ABORT
