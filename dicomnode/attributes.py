@@ -70,7 +70,7 @@ PET = _words(  # C.8.9.1 PET Series, C.8.9.2 Isotope, C.8.9.4 Image, C.8.4.6 NM/
     "AxialAcceptance AxialMash TransverseMash DetectorElementSize CoincidenceWindowWidth "
     "EnergyWindowRangeSequence InterventionDrugInformationSequence FrameReferenceTime "
     "ActualFrameDuration DecayFactor DoseCalibrationFactor ScatterFractionFactor DeadTimeFactor "
-    "SliceSensitivityFactor"
+    "SliceSensitivityFactor PatientPosition"
 )
 PET_OR_EMPTY = _words(
     "CorrectedImage CollimatorType AcquisitionDate AcquisitionTime "

@@ -3,6 +3,7 @@
 Same source, package, options and `now` give the same bytes.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ __all__ = [
     "slice_key",
     "source_digests",
 ]
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 """Part of every derived UID: goes up when the same input would give other attributes."""
@@ -231,6 +234,8 @@ class _Series:
         self.numbers = _instance_numbers(datasets)
         self.equipment = contributing_equipment(datasets, identity, self.now)
         self.frame_uid = reproducible_uid("frame", str(first.SeriesInstanceUID))
+        if not first.get("FrameOfReferenceUID"):
+            log.info("series %s has no frame of reference: no overlay link", self.uid)
         self.slice_tags = self.output.slice_tags
         self.shared_tags = self.output.shared_tags
         self.deciding_tags = (*self.shared_tags, *tags_of((*WINDOW, *SIDE, "FrameOfReferenceUID")))

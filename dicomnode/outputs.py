@@ -1,4 +1,4 @@
-"""What a model may make of a series: one table entry per output type (docs/CONFORMANCE.md).
+"""What a model may make of a series: one table entry per output type.
 
 An entry says which IOD the result is, what it keeps of its source, and what it may not be made of.
 """

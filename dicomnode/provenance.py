@@ -216,10 +216,9 @@ def _derivation(identity: Identity) -> str:
         "run as": identity.precision,
         "software": f"dicomnode {identity.node_version}",
     }
-    return (
-        "; ".join(f"{key}={plain_text(part, 80)}" for key, part in parts.items() if part)
-        + "; not acquired"
-    )
+    end = "; not acquired"
+    text = "; ".join(f"{key}={plain_text(part, 80)}" for key, part in parts.items() if part)
+    return plain_text(text, 1024 - len(end)) + end
 
 
 def plain_text(value: Any, limit: int) -> str:

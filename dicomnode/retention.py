@@ -15,6 +15,7 @@ from dicomnode.config import RetentionSection
 from dicomnode.lifecycle import FINAL
 from dicomnode.spool import Spool
 from dicomnode.tables import Database, note
+from dicomnode.transactions import Commitment
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,18 @@ def _received(database: Database, spool: Spool, rules: RetentionSection, now: fl
     s, i = t.series.c, t.instances.c
     owing = select(t.jobs.c.series_uid).where(t.jobs.c.state.not_in(FINAL))
     stored = select(i.series_uid).where(~i.purged)
+    c, items = t.commitments.c, t.commitment_items.c
+    promised = (
+        select(i.series_uid)
+        .join_from(t.commitment_items, t.instances, items.sop_instance_uid == i.sop_instance_uid)
+        .join(t.commitments, c.transaction_uid == items.transaction_uid)
+        .where(c.state.in_((Commitment.CHECKING, Commitment.REPORTING)))
+    )
     old = select(s.series_uid).where(
         ~s.open,
         s.last_received < now - rules.received_hours * 3600,
         s.series_uid.not_in(owing),
+        s.series_uid.not_in(promised),  # asked to commit, and not told the result yet
         s.series_uid.in_(stored),
     )
     gone = 0

@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 from dicomnode.derived import (
     Identity,
@@ -398,6 +403,28 @@ def test_a_source_without_frame_of_reference_gets_one_for_all_slices() -> None:
     derived = derive(ct_series(3, FrameOfReferenceUID=None))[2]
     assert len({ds.FrameOfReferenceUID for ds in derived}) == 1
     assert derived[0].FrameOfReferenceUID.startswith("2.25.")
+
+
+def test_lossy_compression_of_the_source_is_said_with_its_method_and_ratio() -> None:
+    series = ct_series(2)
+    for ds in series:
+        ds.compress(JPEGLSNearLossless, jls_error=2, generate_instance_uid=False)
+    source, ordered = volume_from_datasets(received(series), allow_lossy=True)
+    ds = next(derive_series(source, source, ordered, DENOISER, OutputOptions(), NOW))
+    assert (ds.LossyImageCompression, ds.LossyImageCompressionMethod) == ("01", "ISO_14495_1")
+    assert ds.LossyImageCompressionRatio > 1
+    again = changed(series, LossyImageCompressionRatio="7.5", LossyImageCompressionMethod="OTHER")
+    source, ordered = volume_from_datasets(again, allow_lossy=True)
+    ds = next(derive_series(source, source, ordered, DENOISER, OutputOptions(), NOW))
+    assert (ds.LossyImageCompressionMethod, ds.LossyImageCompressionRatio) == ("OTHER", 7.5)
+
+
+def test_the_longest_derivation_description_fits_and_ends_with_not_acquired() -> None:
+    long = {f.name: "x" * 300 for f in dataclasses.fields(Identity)}
+    identity = Identity(**{**long, "digest": "ab" * 32, "task": "denoise"})
+    text = derive(ct_series(2), identity=identity)[2][0].DerivationDescription
+    assert len(text) <= 1024
+    assert text.endswith("; not acquired")
 
 
 def test_unusable_instance_numbers_are_counted_anew_along_the_stack() -> None:

@@ -255,6 +255,13 @@ def test_delayed_pet_has_one_slope_its_sources_times_and_suv(tmp_path: Path) -> 
     assert derived[0].WindowWidth == pytest.approx(7 / factors[0], rel=1e-6)
 
 
+def test_pet_says_the_position_of_the_patient_once(tmp_path: Path) -> None:
+    both = changed(ge_pet(2), PatientPosition="HFS")
+    assert "PatientPosition" not in made_of("delayed_pet", both, tmp_path / "a")[0]
+    without = changed(both, PatientOrientationCodeSequence=[])
+    assert made_of("delayed_pet", without, tmp_path / "b")[0].PatientPosition == "HFS"
+
+
 def test_pet_in_suv_and_in_g_per_ml_come_out_in_bq_per_ml(tmp_path: Path) -> None:
     suv = dataclasses.replace(KINDS["delayed_pet"], given="SUV", made="SUV")
     plain = translated(KINDS["delayed_pet"], ge_pet(3), tmp_path)

@@ -12,6 +12,7 @@ from dicomnode.lifecycle import Event, State
 from dicomnode.retention import purge
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
+from dicomnode.transactions import Commitment, Transactions
 
 RULES = RetentionSection(received_hours=24, results_hours=168)
 HOUR = 3600.0
@@ -192,3 +193,16 @@ def test_a_file_that_is_just_coming_in_stays(shelf: Shelf) -> None:
     shelf.spool.keep(part, "1.1", "1.1.2")
     shelf.purge(1000)
     assert [uid for _, uid, _ in shelf.spool.stored()] == ["1.1.2"]
+
+
+def test_what_a_peer_asked_to_commit_stays_until_it_was_told(shelf: Shelf) -> None:
+    shelf.receive(1)
+    assert shelf.close() is None
+    transactions = Transactions(shelf.database)
+    assert transactions.ask("9.1", "pacs", [("1.2", "1.1.1")], 5)
+    assert shelf.purge(LATE / HOUR) == (True, False)
+    (transaction,) = transactions.due(Commitment.CHECKING, 10)
+    transactions.checked(transaction, [0], 10)
+    (transaction,) = transactions.due(Commitment.REPORTING, 10)
+    transactions.reported(transaction, 10)
+    assert shelf.purge(LATE / HOUR) == (False, False)

@@ -151,7 +151,7 @@ def test_moments_within_moments_are_found() -> None:
 def test_instance_numbers_are_the_last_resort() -> None:
     times = {"AcquisitionTime": "102000"}
     series = together(*(ct_series(4, seed=k, **times) for k in (1, 2, 3)))
-    split = split_stacks(series)
+    split = split_stacks(series[::-1])
     assert members(split) == {
         tuple(f"1.2.3.{k}" for k in range(first, first + 4)) for first in (1, 5, 9)
     }

@@ -59,7 +59,7 @@ class StackOfImages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """The stacks of a series, largest first, and what is no slice of any of them."""
+    """The stacks of a series, largest first, else by InstanceNumber, and what is no slice of any of them."""
 
     stacks: tuple[StackOfImages, ...]
     ignored: tuple[Ignored, ...]
@@ -78,12 +78,12 @@ def split_stacks(datasets: Iterable[Dataset]) -> Split:
     The result does not depend on the order of `datasets`.
     """
     slices, ignored = slices_of(datasets)
-    slices.sort(key=_identity)
+
     groups = [_Group((), slices)] if slices else []
     for name, kinds in _KINDS:
         groups = [part for group in groups for part in _by(group, name, kinds(group.slices))]
     groups = [part for group in groups for part in _without_repeats(group)]
-    stacks = sorted(map(_stack, groups), key=lambda stack: (-len(stack.datasets), stack.rule))
+    stacks = sorted(map(_stack, groups), key=lambda stack: -len(stack.datasets))
     return Split(tuple(stacks), tuple(ignored))
 
 

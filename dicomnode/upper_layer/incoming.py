@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK = 65_536
+_BLOCK = 262_144
 """Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more."""
 _LONG = {"OB"}
 """Of the VRs used here, those with a 4-byte length (PS3.5 7.1.2)."""

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _COMMAND, _LAST = 1, 2
 """Bits of the message control header (PS3.8 Annex E.2)."""
-_LARGE_BUFFER = 65_536
+_LARGE_BUFFER = 262_144
 SMALL_BUFFER = 2_048
 """Of an association that receives no data set."""
 

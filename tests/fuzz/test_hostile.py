@@ -47,6 +47,7 @@ def test_two_hundred_silent_connections_do_not_make_it_deaf(receiver: Receiver) 
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(Wire(receiver.port)) for _ in range(200)]
         assert receiver.alive() < 2
+        receiver.threads_are_back(140, 2)  # beyond 128 the oldest had to go
         start = time.monotonic()
         assert held[-1].read() == (0, b"")  # closed without a word: AA-2
         assert time.monotonic() - start < ARTIM_SECONDS + 3
