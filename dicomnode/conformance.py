@@ -39,6 +39,8 @@ def _overview(config: NodeConfig) -> list[str]:
             [
                 ("Verification", "yes", "yes"),
                 ("Storage, see 4.2.1.3", f"{_TRANSLATED} and what is sent by hand", "yes"),
+                ("Storage Commitment Push Model", "no", "yes"),
+                ("Modality Performed Procedure Step", "no", "yes"),
             ],
         ),
     ]
@@ -94,9 +96,14 @@ def _accepted(config: NodeConfig) -> list[str]:
         *_table(("peer", "AE title", "host", "port"), peers),
         "##### 4.2.1.3 Accepted presentation contexts",
         "",
-        "Verification (Implicit VR Little Endian) and every SOP class of this table with every",
-        "transfer syntax of the next; the first proposed one that is listed is accepted, and the",
-        "data set is stored as received.",
+        "Verification (Implicit VR Little Endian), and every SOP class of this table, every",
+        "private one and every newer standard one, with every transfer syntax of the next table; the",
+        "first proposed one that is listed is accepted, and the data set is stored as received.",
+        "Storage Commitment and MPPS with Implicit and Explicit VR Little Endian.",
+        "",
+        f"Received instances are kept for {config.retention.received_hours:g} hours, longer while",
+        "a translation, a delivery or a commitment report still needs them: a commitment says that",
+        "the bytes are here and unharmed, for that time.",
         "",
         *_table(("SOP class", "UID"), [(UID(uid).name, uid) for uid in storage]),
         *_table(("transfer syntax", "UID"), [(UID(u).name, u) for u in ALL_TRANSFER_SYNTAXES]),
@@ -152,7 +159,12 @@ def _rest(config: NodeConfig) -> list[str]:
         "",
         "## 7 Security",
         "",
-        "Callers by AE title and host.",
+        "Callers by AE title and host; per peer SOP classes, associations and pace. "
+        + (
+            "DICOM TLS 1.2 and 1.3 (PS3.15 B.12)."
+            if config.node.tls
+            else "DICOM TLS is not configured."
+        ),
         "",
         "## 8 Annexes",
         "",

@@ -316,7 +316,10 @@ class _Series:
         derived.file_meta.ImplementationVersionName = "DICOMNODE"
         add_equipment(derived, self.identity)
         derived.SeriesDescription = self.description
-        for kind in ("InstanceCreation", "Series", "Content"):
+        kinds = ["InstanceCreation", "Content"]
+        if self.output.source != "PT":  # SUV depends on SeriesDate and SeriesTime: never ours
+            kinds.append("Series")
+        for kind in kinds:
             setattr(derived, f"{kind}Date", f"{self.now:%Y%m%d}")
             setattr(derived, f"{kind}Time", f"{self.now:%H%M%S.%f}")
         return derived

@@ -18,13 +18,12 @@ from dicomnode.imaging.pixels import SIGNED_16, Encoding, encode, encoding_of, w
 from dicomnode.imaging.units import calibrate
 from dicomnode.imaging.volume import Volume
 
-_WINDOWS = {  # BodyPartExamined -> centre, width and name for a CT made of another modality
-    **dict.fromkeys(("", "BRAIN", "HEAD", "SKULL"), ("40", "80", "BRAIN")),
-    **dict.fromkeys(("CHEST", "THORAX", "LUNG"), ("40", "400", "SOFT TISSUE")),
-}
-_OTHER_WINDOW = ("40", "400", "SOFT TISSUE")
-_OUTSIDE = {"HU": -1000.0}
-"""What stands where the source has padding and the result has none; else 0."""
+_HEAD = ("", "BRAIN", "HEAD", "SKULL")
+"""BodyPartExamined of a head; what does not say is taken for one."""
+_HEAD_WINDOW = ("40", "80", "BRAIN")
+_BODY_WINDOW = ("40", "400", "SOFT TISSUE")
+_AIR_HU = -1000.0
+"""What stands in a CT made of MR where the MR has padding."""
 _BELOW_ZERO = 0.01
 """How far, as a part of the largest value, a quantity that is never negative may undershoot."""
 _WINDOW_SUV = 7.0
@@ -39,7 +38,8 @@ class Storage:
     Attributes:
         voxels: (slices, rows, columns), float32, in the unit of `encodings`.
         padding: (slices, rows, columns), bool: where the source has padding; None: nowhere.
-        padded: (slices, rows, columns), float32: what stands there; None: the padding value.
+        outside: what stands there if `encodings` have no single padding value for it: one number,
+            or (slices, rows, columns), float32.
         encodings: one per slice.
         rescale: RescaleSlope and RescaleIntercept; "source": as the source writes them; None: the
             IOD has no Modality LUT.
@@ -48,7 +48,7 @@ class Storage:
 
     voxels: NDArray[np.float32]
     padding: NDArray[np.bool_] | None
-    padded: NDArray[np.float32] | float
+    outside: NDArray[np.float32] | float
     encodings: Sequence[Encoding]
     rescale: tuple[str, str] | Literal["source"] | None
     window: tuple[str, str, str] | None
@@ -62,11 +62,8 @@ class Storage:
         if encoding.padding is not None and encoding.padding[0] == encoding.padding[1]:
             padded = encoding.padding[0]
         else:
-            padded = encoding.to_stored(
-                np.broadcast_to(np.float32(self.padded), self.voxels.shape)[index]
-                if np.ndim(self.padded) == 0
-                else np.asarray(self.padded)[index]
-            )
+            outside = self.outside if isinstance(self.outside, float) else self.outside[index]
+            padded = encoding.to_stored(np.asarray(outside, np.float32))
         return encode(encoding, self.voxels[index], self.padding[index], padded)
 
     def describe(self, derived: Dataset, source: Dataset, index: int) -> None:
@@ -143,8 +140,8 @@ def _signed_hu(prediction: Volume, source: Volume, datasets: Sequence[Dataset]) 
     if not _fit(encodings, prediction, source):
         raise SeriesRefused("OUTPUT_OUT_OF_RANGE", "values beyond 16 bits", _CHECK)
     part = str(datasets[0].get("BodyPartExamined") or "").upper()
-    window = _WINDOWS.get(part, _OTHER_WINDOW)
-    return Storage(prediction.voxels, source.padding, _OUTSIDE["HU"], encodings, ("1", "0"), window)
+    window = _HEAD_WINDOW if part in _HEAD else _BODY_WINDOW
+    return Storage(prediction.voxels, source.padding, _AIR_HU, encodings, ("1", "0"), window)
 
 
 def _twelve_bit(prediction: Volume, source: Volume, datasets: Sequence[Dataset]) -> Storage:

@@ -1,7 +1,7 @@
 """One series from datasets to derived datasets: the whole translation, no file and no socket."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from pydicom import Dataset
@@ -10,6 +10,7 @@ from dicomnode import __version__, qa
 from dicomnode.derived import OutputOptions, derive_series
 from dicomnode.imaging.inference import Model, predict
 from dicomnode.imaging.volume import Volume, volume_from_datasets
+from dicomnode.outputs import check_source
 from dicomnode.provenance import Identity
 
 
@@ -56,6 +57,7 @@ def translate_series(
         min_slices=int(manifest.bounds.slices.min or 1),
         allow_lossy=allow_lossy,
     )
+    check_source(ordered, manifest.task, accept_synthetic=True)  # the loop guard is the route's
     qa.check_bounds(source, ordered, model.package)
     prediction = predict(model, source)
     findings = qa.assess(source, prediction, model.package)
@@ -84,6 +86,4 @@ def identity_of(model: Model) -> Identity:
 
 def qa_flagged(options: OutputOptions) -> OutputOptions:
     """The same options with QA FAILED in the description: other UIDs, and visible in a viewer."""
-    return OutputOptions(
-        options.series_number, f"QA FAILED {options.description}", options.content_qualification
-    )
+    return replace(options, description=f"QA FAILED {options.description}")

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.units import Unit
 from dicomnode.outputs import OUTPUTS
 from dicomnode.pipeline import Translation, translate_series
-from tests.factories import changed, pet_series, write_series
+from tests.factories import changed, file_bytes, pet_series, write_series
 
 NOW = datetime(2026, 3, 4, 23, 30, 15, 250000, tzinfo=UTC)
 PYDICOM = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -155,3 +156,11 @@ def make_series(kind: Kind, datasets: Sequence[Dataset], folder: Path) -> tuple[
         expected[done.source.padding] = np.nan
     np.save(derived / "prediction.npy", expected)
     return source, derived
+
+
+def made_of(
+    task: str, datasets: Sequence[Dataset], tmp_path: Path, options: OutputOptions | None = None
+) -> list[Dataset]:
+    """Derived instances of a task as a receiver reads them."""
+    made = translated(KINDS[task], datasets, tmp_path, options).derived
+    return [dcmread(BytesIO(file_bytes(ds))) for ds in made]

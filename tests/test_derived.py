@@ -76,6 +76,11 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def as_task(task: str) -> Identity:
+    """The same model, said to do something else."""
+    return dataclasses.replace(DENOISER, task=task)
+
+
 def derive(
     datasets: Sequence[Dataset],
     change: NDArray[np.float32] | float = 0.0,

@@ -146,7 +146,7 @@ def test_a_python_without_venv_is_refused_in_plain_words(tmp_path: Path) -> None
 def test_missing_programs_are_one_line_and_no_error(tmp_path: Path) -> None:
     script = tmp_path / "packages"
     text = (ROOT / ".ci/packages").read_text("utf-8")
-    script.write_text(text.replace("/usr/bin/dciodvfy", str(tmp_path / "absent")))
+    script.write_text(text.replace("dciodvfy:", "absent-program:"))
     done = _run(script, {"PATH": _tools(tmp_path, user="1000")})
     assert done.returncode == 0
     assert "dicom3tools missing" in done.stdout
@@ -158,17 +158,17 @@ def test_packages_that_apt_cannot_fetch_are_no_error(tmp_path: Path) -> None:
     script = tmp_path / "packages"
     text = (ROOT / ".ci/packages").read_text("utf-8")
     text = text.replace("/usr/sbin/policy-rc.d", str(tmp_path / "policy-rc.d"))
-    script.write_text(text.replace("/usr/bin/dciodvfy", str(tmp_path / "absent")))
+    script.write_text(text.replace("dciodvfy:", "absent-program:"))
     done = _run(script, {"PATH": _tools(tmp_path, user="0", apt="exit 100")})
     assert done.returncode == 0
-    assert "apt-get failed" in done.stdout
+    assert "dicom3tools could not be installed: the tests that need it skip" in done.stdout
     assert not (tmp_path / "policy-rc.d").exists()
 
 
 def test_a_service_may_not_start_while_packages_are_installed(tmp_path: Path) -> None:
     script, policy = tmp_path / "packages", tmp_path / "policy-rc.d"
     text = (ROOT / ".ci/packages").read_text("utf-8").replace("/usr/sbin/policy-rc.d", str(policy))
-    script.write_text(text.replace("/usr/bin/dciodvfy", str(tmp_path / "absent")))
+    script.write_text(text.replace("dciodvfy:", "absent-program:"))
     done = _run(script, {"PATH": _tools(tmp_path, user="0", apt=f"{policy}; echo $? >&2; exit 0")})
     assert done.returncode == 0
     assert done.stderr.split() == ["101", "101"]  # apt-get update, apt-get install

@@ -24,7 +24,7 @@ from tests.factories import changed, ct_series, enhanced, pet_series
 
 NODE = Path("/usr/bin/node")
 JUDGES = Path(os.environ.get("DICOMNODE_NODE_MODULES", "/usr/local/lib/node_modules"))
-"""A node_modules folder with the judge: ``npm install @cornerstonejs/calculate-suv`` makes one."""
+"""Where ``npm install --global @cornerstonejs/calculate-suv`` puts the judge."""
 
 HALF_LIFE, DOSE, WEIGHT = 6586.2, 370e6, 70.0
 
@@ -217,14 +217,19 @@ def test_a_refusal_has_no_weight_or_dose_in_it() -> None:
 @given(
     stored=st.lists(st.integers(0, 65535), min_size=1, max_size=40),
     slope=st.floats(1e-5, 100),
+    offset=st.integers(-500, 500),
     factor=st.floats(1e-7, 1e-2),
 )
 def test_suv_goes_back_into_the_very_stored_values(
-    stored: list[int], slope: float, factor: float
+    stored: list[int], slope: float, offset: int, factor: float
 ) -> None:
-    encoding = encoding_in_unit(Encoding(16, False, slope, 0.0), Calibration(factor, ""))
+    rescaled = Encoding(16, False, slope, offset * slope)
+    encoding = encoding_in_unit(rescaled, Calibration(factor, ""))
     values = np.asarray(stored, dtype=np.uint16)
-    assert np.array_equal(encoding.to_stored(encoding.to_physical(values)), values)
+    suv = encoding.to_physical(values)
+    exact = factor * (slope * values.astype(np.float64) + offset * slope)
+    assert np.allclose(suv, exact, rtol=1e-6, atol=factor * slope * 1e-3)
+    assert np.array_equal(encoding.to_stored(suv), values)
 
 
 def test_a_real_pet_goes_to_suv_and_back(real_dicom: Path) -> None:
@@ -294,7 +299,7 @@ def test_percentiles_of_the_foreground_are_the_ends_of_the_network_range() -> No
 def test_padding_is_no_foreground() -> None:
     voxels = patient()
     padding = np.zeros(voxels.shape, dtype=bool)
-    padding[:, :, :10] = True
+    padding[:, :, :10] = padding[:, 30:32, 22:24] = True
     padded = np.where(padding, np.float32(30000), voxels)
     assert not foreground(padded, padding)[padding].any()
     high = Percentiles().window_of(padded, padding).high
@@ -325,7 +330,7 @@ def judged(series: list[Dataset]) -> list[float]:
     """The factor of each instance by OHIF's calculate-suv."""
     judge = JUDGES / "@cornerstonejs" / "calculate-suv"
     if not NODE.exists() or not judge.is_dir():
-        pytest.skip(f"no {judge} (npm install @cornerstonejs/calculate-suv) or no {NODE}")
+        pytest.skip(f"no {judge} (npm install --global @cornerstonejs/calculate-suv) or no {NODE}")
     asked = [_metadata(ds) for ds in series]
     done = subprocess.run(
         [str(NODE), "-e", _ASK, str(judge)],

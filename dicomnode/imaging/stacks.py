@@ -78,7 +78,7 @@ def split_stacks(datasets: Iterable[Dataset]) -> Split:
     The result does not depend on the order of `datasets`.
     """
     slices, ignored = slices_of(datasets)
-
+    slices.sort(key=_identity)
     groups = [_Group((), slices)] if slices else []
     for name, kinds in _KINDS:
         groups = [part for group in groups for part in _by(group, name, kinds(group.slices))]
