@@ -10,6 +10,8 @@ from typing import Any
 
 import highdicom
 from pydicom import DataElement, Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import CTImageStorage, generate_uid
@@ -186,7 +188,14 @@ def shallow_copy(template: Dataset) -> Dataset:
 
     Sequence items are shared.
     """
-    return Dataset({tag: _own(template[tag]) for tag in template.keys()})  # noqa: SIM118
+    copied = Dataset(_own_elements(template))
+    copied.file_meta = FileMetaDataset(_own_elements(template.file_meta))
+    copied.preamble = template.preamble
+    return copied
+
+
+def _own_elements(dataset: Dataset) -> dict[BaseTag, DataElement | RawDataElement]:
+    return {tag: _own(dataset[tag]) for tag in dataset.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _own(element: DataElement) -> DataElement:

@@ -28,8 +28,8 @@ from dicomnode.commitment_messages import (
 )
 from dicomnode.config import NodeConfig, Peer
 from dicomnode.credentials import client_tls
-from dicomnode.errors import DeliveryError
-from dicomnode.normalized import Answer, OperationRefused, answer
+from dicomnode.errors import DeliveryError, OperationRefused
+from dicomnode.normalized import Answer, answer
 from dicomnode.scu import Address
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database

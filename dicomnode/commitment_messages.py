@@ -13,9 +13,9 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 
 from dicomnode import normalized as n
 from dicomnode.credentials import ClientTls
-from dicomnode.errors import ConfigError, DeliveryError
-from dicomnode.normalized import OperationRefused
+from dicomnode.errors import ConfigError, DeliveryError, OperationRefused
 from dicomnode.scu import Address
+from dicomnode.series import MALFORMED
 from dicomnode.tls import client_context
 from dicomnode.transactions import Reference, Result
 
@@ -48,7 +48,7 @@ def read_request(event: evt.Event) -> tuple[str, list[Reference]]:
             (item.get("ReferencedSOPClassUID"), item.get("ReferencedSOPInstanceUID"))
             for item in n.items_of(information, "ReferencedSOPSequence")
         ]
-    except n.MALFORMED as error:
+    except MALFORMED as error:
         text = "the action information cannot be parsed"
         raise OperationRefused(INVALID_ARGUMENT, text) from error
     if not items:

@@ -97,7 +97,7 @@ def _accepted(config: NodeConfig) -> list[str]:
         "##### 4.2.1.3 Accepted presentation contexts",
         "",
         "Verification (Implicit VR Little Endian), and every SOP class of this table, every",
-        "private one and every newer standard one, with every transfer syntax of the next table; the",
+        "private one and every newer standard one, with every transfer syntax of the next; the",
         "first proposed one that is listed is accepted, and the data set is stored as received.",
         "Storage Commitment and MPPS with Implicit and Explicit VR Little Endian.",
         "",

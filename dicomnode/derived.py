@@ -13,7 +13,6 @@ from typing import Any
 import highdicom
 import numpy as np
 from pydicom import Dataset
-from pydicom.dataset import FileMetaDataset
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
@@ -265,11 +264,7 @@ class _Series:
         header = [_syntax(source), *raw_values(source, self.deciding_tags)]
         if header != self._header:
             self._header, self._template = header, self._shared(source)
-        derived = shallow_copy(self._template)
-        derived.preamble = self._template.preamble
-        derived.file_meta = FileMetaDataset()
-        derived.file_meta.update(self._template.file_meta)
-        return derived
+        return shallow_copy(self._template)
 
     def _shared(self, source: Dataset) -> Dataset:
         """Identification, provenance, patient, study, equipment: by `deciding_tags` of `source`."""

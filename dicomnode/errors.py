@@ -8,6 +8,7 @@
     │   ├── DataSetMismatch      0xA900
     │   ├── CannotUnderstand     0xC000
     │   └── DuplicateInstance    0x0111
+    ├── OperationRefused       a DIMSE-N request answered with a failure status
     ├── SeriesRefused          a stored series that must not be translated, and why
     ├── PackageError           a model package is damaged or does not fit
     ├── WorkerLost             a worker process died or did not answer
@@ -60,6 +61,15 @@ class DuplicateInstance(InstanceRefused):
     """Another instance of the same SOP Instance UID is stored (PS3.7 C.5.6)."""
 
     status = 0x0111
+
+
+class OperationRefused(DicomNodeError):
+    """A DIMSE-N request that is answered with a failure `status` (PS3.7 Annex C)."""
+
+    def __init__(self, status: int, comment: str, error_id: int | None = None) -> None:
+        super().__init__(comment)
+        self.status = status
+        self.error_id = error_id
 
 
 class SeriesRefused(DicomNodeError):

@@ -19,7 +19,9 @@ from sqlalchemy import Connection, select
 
 from dicomnode import normalized as n
 from dicomnode import tables as t
-from dicomnode.normalized import Answer, OperationRefused, answer, items_of, valid_uid
+from dicomnode.errors import OperationRefused
+from dicomnode.normalized import Answer, answer, items_of, valid_uid
+from dicomnode.series import MALFORMED
 from dicomnode.tables import Database, note
 
 log = logging.getLogger(__name__)
@@ -177,7 +179,7 @@ def read_step(get: Callable[[], Dataset], wanted: tuple[str, ...]) -> Step:
         )
         has_series = "PerformedSeriesSequence" in dataset
         items = [_performed(item) for item in items_of(dataset, "PerformedSeriesSequence")]
-    except n.MALFORMED as error:
+    except MALFORMED as error:
         raise OperationRefused(n.PROCESSING_FAILURE, "the data set cannot be parsed") from error
     if sum(len(instances) for _, instances in items) > MAX_INSTANCES:
         raise OperationRefused(n.RESOURCE_LIMITATION, f"more than {MAX_INSTANCES} instances")

@@ -1,15 +1,13 @@
 """What the handlers of the normalized services (DIMSE-N, PS3.7 10) share: reading and refusing."""
 
 import logging
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydicom import Dataset
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from sqlalchemy.exc import OperationalError
 
-from dicomnode.errors import CannotUnderstand, DicomNodeError
+from dicomnode.errors import CannotUnderstand, OperationRefused
 from dicomnode.spool import checked_uid
 
 log = logging.getLogger(__name__)
@@ -21,33 +19,8 @@ NO_SUCH_CLASS = 0x0118
 NOT_AUTHORISED = 0x0124
 RESOURCE_LIMITATION = 0x0213
 
-MALFORMED = (
-    InvalidDicomError,
-    BytesLengthException,
-    EOFError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    NotImplementedError,
-    OverflowError,
-    RecursionError,
-    OSError,
-    struct.error,
-)
-"""What pydicom raises for a data set that is not one, on its first access."""
-
 Answer = tuple[Dataset, Dataset | None]
 """Status with its optional fields, and the reply's data set: what pynetdicom wants of a handler."""
-
-
-class OperationRefused(DicomNodeError):
-    """A DIMSE-N request that is answered with a failure `status` (PS3.7 Annex C)."""
-
-    def __init__(self, status: int, comment: str, error_id: int | None = None) -> None:
-        super().__init__(comment)
-        self.status = status
-        self.error_id = error_id
 
 
 def answer(what: str, serve: Callable[[], Dataset | None]) -> Answer:
@@ -82,5 +55,5 @@ def valid_uid(value: object, keyword: str, status: int) -> str:
 
 
 def items_of(dataset: Dataset, keyword: str) -> Sequence[Any]:
-    """The items of a sequence; none if it is absent or empty. May raise any of `MALFORMED`."""
+    """The items of a sequence; none if absent or empty. May raise any of `series.MALFORMED`."""
     return dataset.get(keyword) or ()

@@ -33,8 +33,7 @@ from dicomnode.errors import (
 from dicomnode.expected import EXPECTED_KEYWORDS, expected_values
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
-from dicomnode.normalized import MALFORMED
-from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
+from dicomnode.series import ARRIVAL_KEYWORDS, MALFORMED, Carriers, plane_of
 from dicomnode.spool import Spool, checked_uid, dataset_digest
 from dicomnode.upper_layer import (
     Identity,

@@ -183,7 +183,7 @@ class Header:
     instances: int
 
 
-_UNREADABLE = (
+MALFORMED = (
     InvalidDicomError,
     BytesLengthException,
     EOFError,
@@ -213,7 +213,7 @@ def read_headers(paths: Sequence[Path], keywords: Iterable[str]) -> list[Dataset
 def _read_header(path: Path, tags: list[int]) -> Dataset:
     try:
         header = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-    except _UNREADABLE:
+    except MALFORMED:
         return Dataset()
     for tag in list(header.keys()):
         if not _is_readable(header, tag):
@@ -226,7 +226,7 @@ def _is_readable(header: Dataset, tag: BaseTag) -> bool:
         element = header[tag]
         is_sequence = isinstance(element.value, DicomSequence)
         return dictionary_has_tag(tag) and is_sequence == (dictionary_VR(tag) == "SQ")
-    except _UNREADABLE:
+    except MALFORMED:
         return False
 
 

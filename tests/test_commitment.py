@@ -35,9 +35,9 @@ from dicomnode import tables as t
 from dicomnode.commitment import Commitments
 from dicomnode.commitment_messages import PUSH_MODEL_INSTANCE, read_request
 from dicomnode.config import NodeConfig, config_from_mapping
+from dicomnode.errors import OperationRefused
 from dicomnode.history import History
 from dicomnode.journal import Arrival, Journal
-from dicomnode.normalized import OperationRefused
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions

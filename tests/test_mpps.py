@@ -17,9 +17,9 @@ from pynetdicom.sop_class import ModalityPerformedProcedureStep  # type: ignore[
 from sqlalchemy import select
 
 from dicomnode import tables as t
+from dicomnode.errors import OperationRefused
 from dicomnode.history import History
 from dicomnode.mpps import PerformedSteps, read_step
-from dicomnode.normalized import OperationRefused
 from dicomnode.tables import Database
 from tests.factories import CANARY
 

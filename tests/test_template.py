@@ -134,11 +134,12 @@ def test_setting_an_attribute_of_one_instance_changes_no_other() -> None:
     one.file_meta.ImplementationVersionName = "changed"
     assert other.PatientID == "P1"
     assert "not acquired" in other.DerivationDescription
+    assert one.file_meta.MediaStorageSOPInstanceUID == one.SOPInstanceUID
     assert other.file_meta.ImplementationVersionName == "DICOMNODE"
 
 
 def test_a_template_is_not_kept_across_transfer_syntaxes() -> None:
     """The same bytes are 256 in little endian and 1 in big endian."""
-    little = ct_series(2, PregnancyStatus=256)[0]
-    big = ct_series(2, PregnancyStatus=1, syntax=ExplicitVRBigEndian)[1]
-    assert [ds.PregnancyStatus for ds in derive([little, big])[2]] == [256, 1]
+    little = ct_series(3, PregnancyStatus=256)[:2]
+    big = ct_series(3, PregnancyStatus=1, syntax=ExplicitVRBigEndian)[2]
+    assert [ds.PregnancyStatus for ds in derive([*little, big])[2]] == [256, 256, 1]
