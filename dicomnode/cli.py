@@ -61,7 +61,8 @@ def serve(args: argparse.Namespace) -> int:
     except OSError as error:
         node.stop()  # else its threads keep the process
         where = f"{config.node.bind}:{config.node.port}"
-        raise ConfigError(f"node.port: cannot listen on {where}: {error.strerror}") from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"node.port: cannot listen on {where}: {why}") from error
     while not stop.wait(1.0):
         pass
     node.stop()

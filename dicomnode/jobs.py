@@ -16,7 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 from dicomnode import tables as t
 from dicomnode.errors import JournalError
 from dicomnode.journal import OpenSeries
-from dicomnode.lifecycle import Delivery, Event, State, after, delivery_after
+from dicomnode.lifecycle import TRANSITIONS, Delivery, Event, State, after, delivery_after
 from dicomnode.tables import Database, note
 
 PRIORITIES = {"stat": 0, "routine": 1, "offpeak": 2}
@@ -43,16 +43,6 @@ class DueDelivery:
     created: float
     remaining: tuple[str, ...]
     """SOP Instance UIDs the destination has not accepted yet."""
-
-
-_OVERTAKABLE = (
-    State.QUEUED,
-    State.HELD,
-    State.REFUSED,
-    State.FAILED,
-    State.SENDING,
-    State.DONE,
-)
 
 
 class Jobs:
@@ -113,18 +103,15 @@ class Jobs:
         earlier = select(j.id, j.state).where(
             j.series_uid == seen.series_uid, j.generation < seen.generation
         )
-        for job, state in db.execute(earlier.where(j.state.in_(_OVERTAKABLE))).all():
+        for job, state in db.execute(earlier).all():
             mine = t.deliveries.c.job == job
-            if state in (State.SENDING, State.DONE):
-                accepted = select(func.count()).select_from(t.acceptances.join(t.deliveries))
-                there = db.execute(accepted.where(mine)).scalar_one()
-                if there:
-                    text = "an earlier generation is already at a destination: both will be there"
-                    note(db, seen.series_uid, now, text, job)
-                if there or state == State.DONE:
-                    continue
+            accepted = select(func.count()).select_from(t.acceptances.join(t.deliveries))
+            if db.execute(accepted.where(mine)).scalar_one():
+                text = "an earlier generation is already at a destination: both will be there"
+                note(db, seen.series_uid, now, text, job)
+            elif (State(state), Event.OVERTAKEN) in TRANSITIONS and state != State.TRANSLATING:
                 db.execute(t.deliveries.update().where(mine).values(state=Delivery.DISCARDED))
-            self._advance(db, job, Event.OVERTAKEN, now, f"by generation {seen.generation}")
+                self._advance(db, job, Event.OVERTAKEN, now, f"by generation {seen.generation}")
 
     # jobs
 

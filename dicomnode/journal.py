@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, case, select
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import tables as t
@@ -145,14 +145,14 @@ class Journal:
     def _touch(self, db: Connection, arrival: Arrival, now: float) -> None:
         """A repeat keeps an open series waiting; the sender is still busy with it."""
         mine = t.series.c.series_uid == arrival.series_uid
-        db.execute(t.series.update().where(mine, t.series.c.open).values(last_received=now))
+        db.execute(t.series.update().where(mine, t.series.c.open).values(last_received=_later(now)))
         if arrival.association is not None:
             same = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
             db.execute(t.instances.update().where(same).values(association=arrival.association))
 
     def _open_series(self, db: Connection, arrival: Arrival, now: float, late: str) -> None:
         s = t.series.c
-        columns = select(s.open, s.generation, s.last_received)
+        columns = select(s.open, s.generation)
         row = db.execute(columns.where(s.series_uid == arrival.series_uid)).one_or_none()
         if row is None:
             db.execute(
@@ -169,8 +169,7 @@ class Journal:
             )
             note(db, arrival.series_uid, now, f"first instance from {arrival.calling_ae}")
             return
-        moved = now if now != row.last_received else now + 1e-6  # `close_series` must notice it
-        change: dict[str, Any] = {"last_received": moved}
+        change: dict[str, Any] = {"last_received": _later(now)}
         if not row.open and late == "regenerate":
             change |= {"open": True, "generation": row.generation + 1, "outcome": ""}
             text = f"late instances: open again as generation {row.generation + 1}"
@@ -214,3 +213,9 @@ class Journal:
         columns = (s.series_uid, s.last_received, s.generation, s.interrupted)
         query = select(*columns, s.calling_ae, s.called_ae).where(s.open)
         return [OpenSeries(*row) for row in self._db.read(query)]
+
+
+def _later(now: float) -> Any:
+    """`now`, or a moment after what is recorded: `close_series` must notice every arrival."""
+    recorded = t.series.c.last_received
+    return case((recorded < now, now), else_=recorded + 1e-6)

@@ -306,7 +306,7 @@ def test_only_known_callers_may_send(both: tuple[Node, Archive], tmp_path: Path)
     )
     assert "Called AE Title Not Recognized" in known.stdout + known.stderr
     metrics = node.get("metrics")[1]
-    assert 'associations_rejected_total{reason="calling AE title or host"} 1.0' in metrics
+    assert 'associations_rejected_total{reason="calling AE title not recognised"} 1.0' in metrics
     right = subprocess.run(
         [ECHOSCU, "-aet", "CT1", "-aec", "DICOMNODE", "127.0.0.1", str(node.port)], check=False
     )

@@ -59,7 +59,7 @@ class StackOfImages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """The stacks of a series, largest first, else by InstanceNumber, and what is no slice of any of them."""
+    """The stacks of a series, largest first, then by InstanceNumber; and what is no slice."""
 
     stacks: tuple[StackOfImages, ...]
     ignored: tuple[Ignored, ...]
