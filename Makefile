@@ -26,7 +26,7 @@ serve: setup
 	@exec $(RUN) dicomnode serve --config config.yaml
 
 test: setup packages lint
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 3 --dist worksteal $(ARGS)
 
 lint: setup
 	$(RUN) ruff format --check .
