@@ -120,6 +120,8 @@ class _Connection:
             raise
         self.association: Association | None = None
         self.handed_over = False
+        self.leaving = False
+        """Was it cut, so that its thread is about to end?"""
 
     @property
     def established(self) -> bool:
@@ -128,6 +130,7 @@ class _Connection:
 
     def cut(self) -> None:
         """End its blocking calls from another thread; its own thread then closes it."""
+        self.leaving = True
         with contextlib.suppress(OSError):  # it has ended meanwhile
             self._handle.shutdown(socket.SHUT_RDWR)
 
@@ -227,7 +230,7 @@ class Listener:
 
     def _make_room(self) -> None:
         """Close the oldest connection without an association, if there are too many of them."""
-        waiting = [one for one, _ in self._connections() if not one.established]
+        waiting = [one for one, _ in self._connections() if not (one.established or one.leaving)]
         if len(waiting) >= _MAX_WAITING:
             waiting[0].cut()
 
