@@ -27,10 +27,9 @@ from dicomnode.commitment_messages import (
     send_report,
 )
 from dicomnode.config import NodeConfig, Peer
-from dicomnode.credentials import client_tls
 from dicomnode.errors import DeliveryError, OperationRefused
 from dicomnode.normalized import Answer, answer
-from dicomnode.scu import Address
+from dicomnode.scu import Address, address_of
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
 from dicomnode.transactions import (
@@ -117,7 +116,7 @@ class Commitments:
         if not self._transactions.ask(uid, peer, references, time.time()):
             text = "TransactionUID is in use for another request"
             raise OperationRefused(INVALID_ARGUMENT, text)
-        if self._address(self._config.peers[peer]) is None:
+        if self._address(peer) is None:
             with self._lock:
                 self._held[peer] = _Held(event.assoc, time.monotonic())
             self._transactions.hurry(peer, time.time())
@@ -192,11 +191,11 @@ class Commitments:
             detail = f"peers.{name} is no longer in the configuration"
             for transaction in transactions:
                 self._transactions.park(transaction, detail, now)
-        elif self._address(peer) is None and not self._is_there(name):
+        elif self._address(name) is None and not self._is_there(name):
             detail = f"peers.{name} has no port to report to, and its association has ended"
             for transaction in transactions:
                 self._put_off(transaction, peer, detail, LONGEST_RETRY_SECONDS)
-        elif self._address(peer) or self._settled(name):
+        elif self._address(name) or self._settled(name):
             arguments = (name, peer, transactions)
             thread = threading.Thread(
                 target=self._report, args=arguments, name=f"report to {name}", daemon=True
@@ -220,7 +219,7 @@ class Commitments:
     def _report(self, name: str, peer: Peer, transactions: Sequence[Transaction]) -> None:
         waiting = list(transactions)
         try:
-            with self._association(name, peer) as association:
+            with self._association(name) as association:
                 while waiting and not self._stopping.is_set():
                     self._report_one(association, waiting[0])
                     waiting.pop(0)
@@ -263,20 +262,16 @@ class Commitments:
                     return False
         return True
 
-    def _association(self, name: str, peer: Peer) -> AbstractContextManager[Association]:
+    def _association(self, name: str) -> AbstractContextManager[Association]:
         """A new association to the peer, or, if we cannot call it, the one on which it asked."""
-        address = self._address(peer)
+        address = self._address(name)
         if address is None:
             return nullcontext(self._held[name].association)
-        own = self._config.node.tls
-        secure = client_tls(name, peer.tls, address.host, own) if peer.tls else None
-        return reporting_association(address, secure)
+        return reporting_association(address)
 
-    def _address(self, peer: Peer) -> Address | None:
+    def _address(self, name: str) -> Address | None:
         """Where the peer listens, if we know it."""
-        if peer.host is None or "/" in peer.host or peer.port is None:
-            return None
-        return Address(peer.host, peer.port, peer.ae_title, self._config.node.ae_title)
+        return address_of(name, self._config.peers[name], self._config)
 
     def _put_off(self, transaction: Transaction, peer: Peer, detail: str, wait: float) -> None:
         """Try again after `wait` seconds, or give up if the request is too old by now."""

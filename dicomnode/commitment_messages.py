@@ -1,6 +1,5 @@
 """Storage commitment on the wire: the N-ACTION we read, the N-EVENT-REPORT we send (PS3.4 J.3)."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +11,9 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 
 from dicomnode import normalized as n
-from dicomnode.credentials import ClientTls
-from dicomnode.errors import ConfigError, DeliveryError, OperationRefused
-from dicomnode.scu import Address
+from dicomnode.errors import DeliveryError, OperationRefused
+from dicomnode.scu import Address, tls_arguments
 from dicomnode.series import MALFORMED
-from dicomnode.tls import client_context
 from dicomnode.transactions import Reference, Result
 
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"
@@ -77,7 +74,7 @@ def _check_operation(request: Any) -> None:
 
 
 @contextmanager
-def reporting_association(address: Address, secure: ClientTls | None) -> Iterator[Association]:
+def reporting_association(address: Address) -> Iterator[Association]:
     """An association on which we may send event reports.
 
     We are the SCP and yet the requestor, so we propose the SCP role for ourselves (PS3.7 D.3.3.4).
@@ -93,14 +90,12 @@ def reporting_association(address: Address, secure: ClientTls | None) -> Iterato
     entity.add_requested_context(StorageCommitmentPushModel, syntaxes)
     role = build_role(StorageCommitmentPushModel, scp_role=True)
     where = f"{address.called_ae} at {address.host}:{address.port}"
-    try:
-        tls_args = (
-            None if secure is None else (client_context(secure, time.time()), secure.server_name)
-        )
-    except ConfigError as error:
-        raise DeliveryError(str(error)) from error
     association = entity.associate(
-        address.host, address.port, ae_title=address.called_ae, ext_neg=[role], tls_args=tls_args
+        address.host,
+        address.port,
+        ae_title=address.called_ae,
+        ext_neg=[role],
+        tls_args=tls_arguments(address),
     )
     if not association.is_established:
         raise DeliveryError(f"{where}: {_why_not(association)}")

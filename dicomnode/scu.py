@@ -110,7 +110,7 @@ class Associated:
             address.port,
             ae_title=address.called_ae,
             evt_handlers=handlers,
-            tls_args=_tls_arguments(address),
+            tls_args=tls_arguments(address),
         )
         if not self._association.is_established:
             raise _not_established(self._association, address)
@@ -123,7 +123,7 @@ class Associated:
             self._association.abort()
 
 
-def _tls_arguments(address: Address) -> Any:
+def tls_arguments(address: Address) -> Any:
     """What pynetdicom wants for TLS, or None.
 
     Raises:

@@ -6,8 +6,6 @@ Foreign programs are named by absolute path: pynetdicom installs scripts of the 
 import contextlib
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -369,20 +367,3 @@ def node_settings(
         "models_dir": str(models),
         "routes": [route],
     }
-
-
-def write_all(datasets: Sequence[Any], folder: Path) -> list[Path]:
-    """Data sets as Part 10 files, in the order given."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    paths = []
-    for index, dataset in enumerate(datasets):
-        path = folder / f"{index:04}.dcm"
-        dataset.save_as(path, enforce_file_format=True)
-        paths.append(path)
-    return paths
-
-
-def derived_count(log: str) -> int:
-    """How many jobs a node's log says it has translated."""
-    return len(re.findall(r"job \d+ sending", log))
