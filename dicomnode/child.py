@@ -43,7 +43,7 @@ class Child:
         try:
             self._connection.send(message)
         except (OSError, ValueError) as error:
-            raise WorkerLost(self._obituary()) from error
+            raise self._obituary() from error
 
     def receive(self, timeout: float | None = None) -> Any:
         """The next message, or None after `timeout` seconds without one.
@@ -54,7 +54,7 @@ class Child:
         try:
             return self._connection.recv() if self._connection.poll(timeout) else None
         except (EOFError, OSError) as error:
-            raise WorkerLost(self._obituary()) from error
+            raise self._obituary() from error
 
     def stop(self, grace: float) -> None:
         """Let it finish for `grace` seconds, then kill it; its work is repeatable."""
@@ -64,9 +64,11 @@ class Child:
             self._process.kill()
             self._process.join()
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> WorkerLost:
         self._process.join(5)
-        return f"{self._process.name} ended with code {self._process.exitcode}"
+        code = self._process.exitcode
+        words = f"{self._process.name} ended with code {code}"
+        return WorkerLost(words, crashed=code != -signal.SIGKILL)
 
 
 def _run(target: Callable[..., None], connection: Connection, parent: int, *args: Any) -> None:

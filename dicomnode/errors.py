@@ -95,7 +95,16 @@ class PackageError(DicomNodeError):
 
 
 class WorkerLost(DicomNodeError):
-    """A worker process died or stopped answering; the job it had can run again."""
+    """A worker process died or stopped answering; the job it had can run again.
+
+    Attributes:
+        crashed: it ended by itself (a segmentation fault, for example), which speaks against what
+            it was doing. Not so when it was killed from outside: an operator, lack of memory.
+    """
+
+    def __init__(self, message: str, *, crashed: bool = False) -> None:
+        super().__init__(message)
+        self.crashed = crashed
 
 
 class JournalError(DicomNodeError):

@@ -19,6 +19,10 @@ from dicomnode.journal import OpenSeries
 from dicomnode.lifecycle import TRANSITIONS, Delivery, Event, State, after, delivery_after
 from dicomnode.tables import Database, note
 
+MAX_CRASHES = 5
+"""Workers that may crash over one job before it is parked."""
+MAX_ATTEMPTS = 25
+"""Tries in all: a worker that is killed, or a node that stops, says little about the job."""
 PRIORITIES = {"stat": 0, "routine": 1, "offpeak": 2}
 
 
@@ -53,10 +57,13 @@ class Jobs:
 
     def recover(self, now: float) -> None:
         """After a stop: what was being translated is translated again, with the same UIDs."""
-        running = select(t.jobs.c.id).where(t.jobs.c.state == State.TRANSLATING)
+        j = t.jobs.c
+        running = select(j.id, j.attempts, j.crashes).where(j.state == State.TRANSLATING)
         with self._db.write() as db:
-            for (job,) in db.execute(running).all():
-                self._advance(db, job, Event.WORKER_LOST, now, "the node stopped; again from here")
+            for job in db.execute(running).all():
+                event = _after_loss(job.attempts, job.crashes)
+                detail = f"the node stopped in attempt {job.attempts}"
+                self._advance(db, job.id, event, now, detail, "NODE_STOPPED")
 
     def close_series(
         self,
@@ -116,10 +123,15 @@ class Jobs:
     # jobs
 
     def claim(self, now: float) -> Job | None:
-        """Take the next queued job: by priority, then by age."""
+        """Take the next queued job: by priority, then by how long it is queued.
+
+        One that lost its worker is behind all that were queued then: it may be to blame.
+        """
         j = t.jobs.c
         columns = (j.id, j.series_uid, j.generation, j.route, j.attempts, j.created)
-        query = select(*columns).where(j.state == State.QUEUED).order_by(j.priority, j.id)
+        query = (
+            select(*columns).where(j.state == State.QUEUED).order_by(j.priority, j.updated, j.id)
+        )
         with self._db.write() as db:
             row = db.execute(query.limit(1)).one_or_none()
             if row is None:
@@ -129,6 +141,18 @@ class Jobs:
             return Job(
                 row.id, row.series_uid, row.generation, row.route, row.attempts + 1, row.created
             )
+
+    def lost(self, job: Job, detail: str, now: float, *, crashed: bool) -> State:
+        """Its worker is gone: queue the job again, or park it after too many losses."""
+        j = t.jobs.c
+        with self._db.write() as db:
+            mine = t.jobs.update().where(j.id == job.id)
+            change = mine.values(crashes=j.crashes + int(crashed)).returning(j.crashes)
+            crashes = db.execute(change).scalar_one()
+            if overtaken := self._overtaken(db, job):
+                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+            event = _after_loss(job.attempts, crashes)
+            return self._advance(db, job.id, event, now, detail, "WORKER_LOST")
 
     def finish(
         self, job: Job, event: Event, now: float, *, code: str = "", detail: str = ""
@@ -305,7 +329,7 @@ class Jobs:
     def retry_job(self, job: int, now: float) -> None:
         with self._db.write() as db:
             self._advance(db, job, Event.RETRIED, now, "by the operator")
-            db.execute(t.jobs.update().where(t.jobs.c.id == job).values(attempts=0))
+            db.execute(t.jobs.update().where(t.jobs.c.id == job).values(attempts=0, crashes=0))
 
     def retry_delivery(self, delivery: int, now: float) -> None:
         with self._db.write() as db:
@@ -322,3 +346,8 @@ class Jobs:
                 .where(d.job == job, owed)
                 .values(state=Delivery.DISCARDED, detail=why)
             )
+
+
+def _after_loss(attempts: int, crashes: int) -> Event:
+    too_many = crashes >= MAX_CRASHES or attempts >= MAX_ATTEMPTS
+    return Event.GAVE_UP if too_many else Event.WORKER_LOST

@@ -40,8 +40,6 @@ from dicomnode.worker import Order, Outcome, Worker
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 5
-"""Workers that one job may cost before it is parked."""
 DRAIN_SECONDS = 20.0
 """How long an orderly stop waits for open associations, a translation and deliveries, each."""
 _TICK_SECONDS = 0.2
@@ -214,8 +212,7 @@ class Node:
             outcome = worker.translate(Order.of(route, files, self._spool.results, now))
         except WorkerLost as error:
             self._lost(str(error))
-            event = Event.GAVE_UP if job.attempts >= MAX_ATTEMPTS else Event.WORKER_LOST
-            self._jobs.finish(job, event, time.time(), code="WORKER_LOST", detail=str(error))
+            self._jobs.lost(job, str(error), time.time(), crashed=error.crashed)
             return
         metrics.translation_seconds.labels(route.name).observe(time.monotonic() - began)
         self._journal_outcome(job, outcome)

@@ -102,6 +102,7 @@ jobs = Table(
     Column("detail", String, nullable=False, default=""),
     Column("priority", Integer, nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
+    Column("crashes", Integer, nullable=False, default=0),  # workers that crashed over it
     Column("created", Float, nullable=False),  # also the time written into the derived series
     Column("updated", Float, nullable=False),
     Column("derived_uid", String),

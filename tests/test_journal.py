@@ -35,7 +35,7 @@ NOTED = ("both will be there", "after they were given up")
 CHANGES = {(old, new) for (old, _), new in TRANSITIONS.items()}
 DELIVERY_CHANGES = {(old, new) for (old, _), new in DELIVERY_TRANSITIONS.items()}
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a folder without a disk
-WHERE_NO_RESULT = (Event.UNFIT, Event.BROKE, Event.GAVE_UP, Event.WORKER_LOST)
+WHERE_NO_RESULT = (Event.UNFIT, Event.BROKE)
 
 
 def _arrival(series: str, index: int, association: int | None = None) -> Arrival:
@@ -147,6 +147,11 @@ class LifeOfASeries(RuleBasedStateMachine):
     @rule(event=st.sampled_from(WHERE_NO_RESULT))
     def a_translation_ends_without_a_result(self, event: Event) -> None:
         self.books.jobs.finish(self.running.pop(0), event, self.now, code="CODE", detail="why")
+
+    @precondition(lambda self: self.running)
+    @rule(crashed=st.booleans())
+    def a_worker_is_lost(self, crashed: bool) -> None:
+        self.books.jobs.lost(self.running.pop(0), "it ended", self.now, crashed=crashed)
 
     @precondition(lambda self: self.running)
     @rule(
@@ -396,6 +401,12 @@ def test_a_translation_that_was_overtaken_counts_for_nothing(books: Books, event
     assert books.jobs.due_deliveries(99) == []
 
 
+def test_a_lost_worker_of_an_overtaken_generation_counts_for_nothing(books: Books) -> None:
+    job = _closed(books, 1, 2)
+    books.journal.record_instance(_arrival("1.1", 3), 15)
+    assert books.jobs.lost(job, "it ended", 20, crashed=True) is State.SUPERSEDED
+
+
 def test_what_was_not_yet_sent_gives_way_to_a_new_generation(books: Books) -> None:
     _derived(books, _closed(books, 1), "2.1.1")
     second = _closed(books, 2, now=30)
@@ -442,19 +453,61 @@ def test_a_job_made_again_otherwise_owes_only_what_it_made_last(books: Books) ->
     assert due.remaining == ("2.7.1",)
 
 
-def test_the_operators_retry_has_all_its_attempts(books: Books) -> None:
+def _lose(books: Books, job: Job, *, times: int, crashed: bool) -> tuple[Job, State]:
+    """Lose the worker of a claimed job so often; the job as last claimed, and its state."""
+    state = State.TRANSLATING
+    for turn in range(times):
+        if turn:
+            again = books.jobs.claim(20 + turn)
+            assert again is not None
+            job = again
+        state = books.jobs.lost(job, "dicomnode-worker ended", 20 + turn, crashed=crashed)
+    return job, state
+
+
+def test_a_job_over_which_five_workers_crashed_is_parked(books: Books) -> None:
+    _job, state = _lose(books, _closed(books, 1), times=4, crashed=True)
+    assert state is State.QUEUED
+    again = books.jobs.claim(30)
+    assert again is not None
+    assert books.jobs.lost(again, "crashed", 31, crashed=True) is State.FAILED
+
+
+def test_killing_the_worker_from_outside_does_not_park_a_job_soon(books: Books) -> None:
+    job, state = _lose(books, _closed(books, 1), times=24, crashed=False)
+    assert (job.attempts, state) == (24, State.QUEUED)
+    again = books.jobs.claim(50)
+    assert again is not None
+    assert books.jobs.lost(again, "killed", 51, crashed=False) is State.FAILED
+
+
+def test_a_job_that_brings_the_whole_node_down_is_parked_in_the_end(books: Books) -> None:
     job = _closed(books, 1)
-    for _ in range(4):
-        books.jobs.finish(job, Event.WORKER_LOST, 20)
-        again = books.jobs.claim(21)
-        assert again is not None
-        job = again
-    assert job.attempts == 5
-    books.jobs.finish(job, Event.GAVE_UP, 22)
+    for turn in range(25):
+        if turn:
+            assert books.jobs.claim(20 + turn) is not None
+        books.jobs.recover(20 + turn)
+    assert books.jobs.in_state(State.FAILED) == [job.id]
+
+
+def test_a_job_that_lost_its_worker_goes_behind_those_that_wait(books: Books) -> None:
+    first = _closed(books, 1)
+    books.journal.record_instance(_arrival("1.2", 1), 10)
+    seen = books.open_series("1.2")
+    books.jobs.close_series(seen, "routed", [(ROUTE, "routine")], [], 11)
+    books.jobs.lost(first, "killed", 20, crashed=False)
+    order = [books.jobs.claim(21), books.jobs.claim(22)]
+    assert [job and job.series_uid for job in order] == ["1.2", "1.1"]
+
+
+def test_the_operators_retry_has_all_its_attempts(books: Books) -> None:
+    job, state = _lose(books, _closed(books, 1), times=5, crashed=True)
+    assert state is State.FAILED
     books.jobs.retry_job(job.id, 23)
     retried = books.jobs.claim(24)
     assert retried is not None
     assert retried.attempts == 1
+    assert books.jobs.lost(retried, "crashed", 25, crashed=True) is State.QUEUED
 
 
 def test_urgent_jobs_come_first_then_the_oldest(books: Books) -> None:

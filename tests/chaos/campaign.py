@@ -8,6 +8,7 @@ have exactly one derived series for each series, with every instance.
 """
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -43,6 +44,8 @@ class Tally:
     lost: int = 0
     duplicated: int = 0
     stuck: int = 0
+    trouble: list[str] = field(default_factory=list)
+    """What was found of each series that is not as it should be, with its timeline."""
 
     @property
     def clean(self) -> bool:
@@ -53,6 +56,7 @@ class Tally:
         return (
             f"{sum(self.kills.values())} kills ({kills}); {len(self.series)} series of {SLICES}:"
             f" acknowledged and lost {self.lost}, duplicated {self.duplicated}, stuck {self.stuck}"
+            + "".join(f"\n{line}" for line in self.trouble)
         )
 
 
@@ -117,8 +121,11 @@ class Campaign:
                 self._node.wait_settled(uid, 240)
             except AssertionError:
                 self.tally.stuck += 1
+                self._tell("not settled", uid)
             kept = self._node.folder / "data" / "received" / uid
-            self.tally.lost += len(instances - {path.stem for path in kept.glob("*.dcm")})
+            if gone := instances - {path.stem for path in kept.glob("*.dcm")}:
+                self.tally.lost += len(gone)
+                self._tell(f"{len(gone)} lost", uid)
         for series in self._archive.derived_series():
             folder = self._folder / "derived" / series["ID"]
             sources = {
@@ -130,9 +137,17 @@ class Campaign:
                     made[uid] += 1
                     whole[uid] = sources
         for uid, instances in self.tally.series.items():
-            self.tally.duplicated += max(0, made[uid] - 1)
+            if made[uid] > 1:
+                self.tally.duplicated += made[uid] - 1
+                self._tell(f"{made[uid]} derived series at Orthanc", uid)
             if whole.get(uid) != instances:
                 self.tally.stuck += 1
+                self._tell(f"of {len(whole.get(uid, ()))} instances at Orthanc", uid)
+
+    def _tell(self, what: str, series_uid: str) -> None:
+        """Keep the node's own words of a series, for whoever reads why a campaign failed."""
+        words = json.dumps(self._node.get(f"api/v1/series/{series_uid}")[1], indent=1)
+        self.tally.trouble.append(f"series {series_uid}, {what}: {words}")
 
 
 def campaign(folder: Path, kills: int, seed: int) -> Tally:
