@@ -135,7 +135,7 @@ def samples(patients: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Sa
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     recipe = train.build_recipe(config)
     assert load_checkpoint(config.out / "checkpoint.pt", recipe, config.digest())
-    return recipe.result().state_dict()
+    return recipe.results()["forward"].state_dict()
 
 
 # --- the whole run
@@ -491,7 +491,7 @@ def test_figures_are_means_over_patients_and_not_over_slices() -> None:
 def test_a_network_that_changes_nothing_gains_nothing_and_loses_nothing(
     config: TrainConfig, samples: list[Sample]
 ) -> None:
-    untrained = train.build_recipe(config).result()
+    untrained = train.build_recipe(config).results()["forward"]
     figures = evaluate_samples(denoiser(untrained, train.window_of(config)), samples[:3])
     assert figures.gain_db == (0.0, 0.0, 0.0)
     assert figures.noise[0] == pytest.approx(1.0)

@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
     if step < config.optimisation.steps:
         print(f"stopped after step {step}; the same command without stop_at goes on")
         return
-    figures = evaluate_samples(denoiser(recipe.result(), window_of(config)), test)
-    package = export_package(config, recipe.result(), samples, split, figures)
+    figures = evaluate_samples(denoiser(recipe.results()["forward"], window_of(config)), test)
+    package = export_package(config, recipe.results()["forward"], samples, split, figures)
     print(f"wrote {package.path}: {package.name} {package.version}, digest {package.digest}")
 
 
@@ -86,7 +86,7 @@ def fit(
         losses = recipe.step(batch, step)
         if (step + 1) % config.save_every == 0 or step + 1 == last:
             save_checkpoint(checkpoint, recipe, step + 1, config.digest())
-            figures = evaluate_samples(denoiser(recipe.result(), window), validation)
+            figures = evaluate_samples(denoiser(recipe.results()["forward"], window), validation)
             log(config.out, step + 1, losses, figures, time.monotonic() - started)
     return max(first, last)
 

@@ -7,30 +7,30 @@ training images show: the network errs on the side of keeping them.
 """
 
 import math
-from copy import deepcopy
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from dicomnode.imaging.networks import Generator
+from training.adversarial import finite
 from training.config import Optimisation
-from training.errors import TrainingError
 from training.losses import charbonnier, local_bias
-from training.recipes import Batch
+from training.recipes import Batch, Parts, average_of, update_average
 
 WARM_UP_STEPS = 200
 
 
-class Supervised:
+class Supervised(Parts):
     """Adam, cosine learning rate, running mean of the weights."""
 
     def __init__(self, generator: Generator, settings: Optimisation, hu_per_unit: float) -> None:
         self.generator = generator.train()
-        self.average = deepcopy(generator).eval()
+        self.average = average_of(generator)
         self.settings = settings
         self.hu_per_unit = hu_per_unit
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.learning_rate)
+        super().__init__(generator=self.generator, average=self.average, optimizer=self.optimizer)
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
@@ -41,31 +41,16 @@ class Supervised:
         fidelity = charbonnier(error_hu, self.settings.charbonnier_hu, batch.weight)
         bias = local_bias(error_hu)
         loss = fidelity + self.settings.bias_weight * bias
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"step {step}: the loss is not finite; lower the learning rate")
+        losses = finite({"fidelity_hu": fidelity, "bias_hu": bias}, step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.generator.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
-        self._update_average(step)
-        return {"fidelity_hu": fidelity.item(), "bias_hu": bias.item()}
+        update_average(self.average, self.generator, self.settings.ema_decay, step)
+        return losses
 
-    def result(self) -> Generator:
-        return self.average
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "generator": self.generator,
-            "average": self.average,
-            "optimizer": self.optimizer,
-        }
+    def results(self) -> Mapping[str, Generator]:
+        return {"forward": self.average}
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to the final rate."""
@@ -74,11 +59,3 @@ class Supervised:
             return high * (step + 1) / WARM_UP_STEPS
         done = (step - WARM_UP_STEPS) / max(1, self.settings.steps - WARM_UP_STEPS)
         return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
-
-    @torch.no_grad()
-    def _update_average(self, step: int) -> None:
-        """w' <- d w' + (1 - d) w, with a shorter memory at the start."""
-        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        pairs = zip(self.average.parameters(), self.generator.parameters(), strict=True)
-        for mean, current in pairs:
-            mean.lerp_(current, 1.0 - decay)

@@ -1,0 +1,131 @@
+"""What the recipes with a discriminator share: settings, optimisers, rates, translation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dicomnode.imaging.networks import Generator
+from training.adversarial import (
+    GanMode,
+    Norm,
+    PatchDiscriminator,
+    PixelDiscriminator,
+    initialise,
+    linear_decay,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Discriminator:
+    """Which discriminator."""
+
+    kind: Literal["patch", "pixel"] = "patch"
+    width: int = 64
+    layers: int = 3
+    """Of a patch discriminator; 3 judges patches of 70 x 70 pixels."""
+    norm: Norm = "instance"
+    conditional: bool = False
+    """Judge source and image together (pix2pix)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adversarial:
+    """Settings of the recipes with a discriminator; the defaults are CycleGAN's."""
+
+    gan: GanMode = "lsgan"
+    discriminator: Discriminator = Discriminator()
+    learning_rate: float = 2e-4
+    beta1: float = 0.5
+    beta2: float = 0.999
+    epoch_steps: int = 0
+    """Steps that count as one epoch; 0: as many as bring each slice once."""
+    constant_epochs: int = 100
+    decay_epochs: int = 100
+    """Then so many epochs down to nearly no learning rate, in even steps."""
+    adversarial_weight: float = 1.0
+    pixel_weight: float = 100.0
+    """Mean absolute error in [-1, 1] (pix2pix, APS)."""
+    cycle_weight: float = 10.0
+    identity_weight: float = 0.5
+    """Of what the generator makes of an image that is of the target's kind; times cycle_weight."""
+    structure: Literal["none", "sc_map", "mind"] = "none"
+    structure_weight: float = 10.0
+    structure_features: str = "random"
+    """random, or the path of a .safetensors with VGG-16's weights; for sc_map."""
+    structure_divide: int = 1
+    """Divides the channels of those features, for small machines; 1 with weights."""
+    structure_temperature: float = 0.1
+    pixel_map: Literal["aps", "uniform", "inverse"] = "aps"
+    """How APS weights the error of a pixel by the discriminator's opinion."""
+    sparsity_weight: float = 0.001
+    """Joint sparsifying transform of GAN-CIRCLE: total variation of image and of difference."""
+    penalty_weight: float = 10.0
+    """Gradient penalty of wgangp."""
+    critic_steps: int = 1
+    """Discriminator steps per generator step."""
+    pool: int = 50
+    """Generated images that are kept for the discriminator; 0: none."""
+    ema_decay: float = 0.0
+    """The package holds this running mean of the weights; 0: the weights themselves."""
+    initial_spread: float = 0.02
+    """Standard deviation of the first weights; 0: the architecture's own."""
+
+
+class Training:
+    """Optimisers and their learning rate over the steps of a run."""
+
+    def __init__(self, settings: Adversarial, epoch_steps: int) -> None:
+        self.settings = settings
+        self.epoch_steps = settings.epoch_steps or max(1, epoch_steps)
+
+    def adam(self, networks: Iterable[nn.Module]) -> torch.optim.Adam:
+        """One optimiser over the weights of all of them."""
+        weights = [weight for network in networks for weight in network.parameters()]
+        betas = (self.settings.beta1, self.settings.beta2)
+        return torch.optim.Adam(weights, lr=self.settings.learning_rate, betas=betas)
+
+    def set_rate(self, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+        s = self.settings
+        factor = linear_decay(step, self.epoch_steps, s.constant_epochs, s.decay_epochs)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = s.learning_rate * max(factor, 0.0)
+
+
+def build_discriminator(settings: Adversarial, channels: int, seed: int) -> nn.Module:
+    """A discriminator with fresh weights; `channels` of the image it judges, source included."""
+    spec = settings.discriminator
+    network: nn.Module = (
+        PixelDiscriminator(channels, width=spec.width, norm=spec.norm)
+        if spec.kind == "pixel"
+        else PatchDiscriminator(channels, width=spec.width, layers=spec.layers, norm=spec.norm)
+    )
+    initialise(network, torch.Generator().manual_seed(seed), settings.initial_spread)
+    return network.train()
+
+
+def translate(generator: Generator, source: Tensor, *, residual: bool, precision: str) -> Tensor:
+    """The prediction for `source`, float32; with `residual` the generator gives the difference.
+
+    The middle channel of several (neighbouring slices) is the slice that is predicted.
+    """
+    with torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        made = generator(source)
+    made = torch.as_tensor(made).float()
+    middle = source.shape[1] // 2
+    return source[:, middle : middle + 1] + made if residual else made
+
+
+def backward(
+    loss: Tensor, optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module], clip: float
+) -> None:
+    """One step of `optimizer` down `loss`; `clip`: largest norm of the gradient, 0: any."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip > 0:
+        weights = [weight for network in networks for weight in network.parameters()]
+        nn.utils.clip_grad_norm_(weights, clip)
+    optimizer.step()

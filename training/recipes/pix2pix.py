@@ -1,0 +1,101 @@
+"""pix2pix (Isola 2017): a conditional GAN on paired images, L1 beside it.
+
+Symbols of the paper: x source, y target, G generator, D discriminator. D first, then G.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import cat
+
+from dicomnode.imaging.networks import Generator
+from training.adversarial import (
+    ImagePool,
+    discriminator_loss,
+    finite,
+    generator_loss,
+    gradient_penalty,
+    initialise,
+    require_grad,
+)
+from training.recipes import Batch, Parts, average_of, step_rng, update_average
+from training.recipes.adversarial import (
+    Adversarial,
+    Training,
+    backward,
+    build_discriminator,
+    translate,
+)
+
+
+class Pix2Pix(Parts):
+    """G and D, an optimiser for each."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        settings: Adversarial,
+        *,
+        channels: int,
+        residual: bool,
+        seed: int,
+        epoch_steps: int,
+        precision: str = "fp32",
+        gradient_clip: float = 0.0,
+    ) -> None:
+        """`channels`: of the source. The generator gets fresh weights."""
+        self.settings, self.seed, self.residual = settings, seed, residual
+        self.precision, self.clip = precision, gradient_clip
+        initialise(generator, step_rng(seed, 0), settings.initial_spread)
+        self.generator = generator.train()
+        self.average = average_of(generator)
+        judged = channels + 1 if settings.discriminator.conditional else 1
+        self.discriminator = build_discriminator(settings, judged, seed + 1)
+        self.training = Training(settings, epoch_steps)
+        self.optimizer_g = self.training.adam([self.generator])
+        self.optimizer_d = self.training.adam([self.discriminator])
+        self.pool = ImagePool(settings.pool)
+        super().__init__(
+            generator=self.generator,
+            average=self.average,
+            discriminator=self.discriminator,
+            optimizer_g=self.optimizer_g,
+            optimizer_d=self.optimizer_d,
+            pool=self.pool,
+        )
+
+    def step(self, batch: Batch, step: int) -> dict[str, float]:
+        s, draw = self.settings, step_rng(self.seed, step)
+        self.training.set_rate([self.optimizer_g, self.optimizer_d], step)
+        prediction = translate(
+            self.generator, batch.source, residual=self.residual, precision=self.precision
+        )
+
+        # L_D = 1/2 [D(x, y) real + D(x, G(x)) fake]
+        require_grad([self.discriminator], True)
+        real = self._judged(batch, batch.target)
+        fake = self.pool.exchange(self._judged(batch, prediction), draw)
+        loss_d = discriminator_loss(s.gan, self.discriminator(real), self.discriminator(fake))
+        if s.gan == "wgangp":
+            share = torch.rand(len(real), generator=draw).to(real.device)
+            loss_d = loss_d + gradient_penalty(
+                self.discriminator, real, fake, share, s.penalty_weight
+            )
+        losses = finite({"discriminator": loss_d}, step)
+        backward(loss_d, self.optimizer_d, [self.discriminator], self.clip)
+
+        # L_G = D(x, G(x)) real + lambda |y - G(x)|
+        require_grad([self.discriminator], False)
+        adversarial = generator_loss(s.gan, self.discriminator(self._judged(batch, prediction)))
+        pixel = (batch.weight * (prediction - batch.target).abs()).mean()
+        loss_g = s.adversarial_weight * adversarial + s.pixel_weight * pixel
+        losses |= finite({"adversarial": adversarial, "pixel": pixel, "generator": loss_g}, step)
+        backward(loss_g, self.optimizer_g, [self.generator], self.clip)
+        update_average(self.average, self.generator, s.ema_decay, step)
+        return losses
+
+    def results(self) -> Mapping[str, Generator]:
+        return {"forward": self.average}
+
+    def _judged(self, batch: Batch, image: torch.Tensor) -> torch.Tensor:
+        return cat([batch.source, image], 1) if self.settings.discriminator.conditional else image
