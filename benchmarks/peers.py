@@ -25,7 +25,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from tests.peers import ORTHANC, STORESCP, free_port, listens, orthanc, wait_for
+from tests.peers import ORTHANC, STORESCP, Node, free_port, listens, orthanc, wait_for
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
@@ -80,8 +80,10 @@ class Running:
         """Of the process and its children so far; nan if we do not know the process."""
         if not self.pid:
             return float("nan")
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return sum(_cpu_seconds(pid) for pid in [str(self.pid), *children])
+        while True:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one ended meanwhile
+                return sum(_cpu_seconds(pid) for pid in [str(self.pid), *children])
 
 
 def _cpu_seconds(pid: str) -> float:
@@ -99,9 +101,25 @@ def ours(folder: Path, *options: str) -> Iterator[Running]:
     ) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("no pipes")
-        yield Running(*map(int, process.stdout.readline().split()))
-        process.stdin.close()
-        process.wait(20)
+        try:
+            yield Running(*map(int, process.stdout.readline().split()))
+        finally:
+            process.stdin.close()
+            process.wait(20)
+
+
+@contextlib.contextmanager
+def node(folder: Path) -> Iterator[Running]:
+    """`dicomnode serve` with its real journal, and no route."""
+    senders = ("DCMSEND", "WIRE")
+    peers = {name.lower(): {"ae_title": name, "host": "127.0.0.1"} for name in senders}
+    waits = {"quiet_seconds": 600, "quiet_seconds_if_released": 600}
+    whole = Node(folder, {"peers": peers, "series": waits, "device": "cpu", "routes": []})
+    try:
+        whole.start()
+        yield Running(whole.port, whole.pid)
+    finally:
+        whole.kill()
 
 
 @contextlib.contextmanager
@@ -112,9 +130,11 @@ def dcmtk(folder: Path, *options: str) -> Iterator[Running]:
     with subprocess.Popen(
         [STORESCP, "--fork", "-od", str(folder), *options, str(port)], env=ENVIRONMENT
     ) as process:
-        wait_for(lambda: listens(port), "storescp to listen")
-        yield Running(port, process.pid)
-        process.terminate()
+        try:
+            wait_for(lambda: listens(port), "storescp to listen")
+            yield Running(port, process.pid)
+        finally:
+            process.terminate()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from benchmarks.peers import (
     dcmtk,
     instances,
     machine,
+    node,
     orthanc_receiver,
     ours,
     report,
@@ -46,6 +48,7 @@ RECEIVERS: dict[str, tuple[Receiver, bool]] = {
     "dicomnode acceptor": (ours, False),
     "DCMTK storescp, then the same syncs": (dcmtk, True),
     "dicomnode acceptor, durable": (lambda folder: ours(folder, "--sync"), False),
+    "dicomnode, durable, with its journal": (node, False),
     "Orthanc, storage synced": (orthanc_receiver, False),
 }
 """How to start each, and whether we sync its files for it after the last response."""
@@ -53,7 +56,7 @@ RECEIVERS: dict[str, tuple[Receiver, bool]] = {
 
 def by_dcmsend(port: int, files: Sequence[Path], associations: int) -> float:
     """Seconds that `associations` parallel dcmsend take."""
-    command = [DCMSEND, "--no-uid-checks", "127.0.0.1", str(port)]
+    command = [DCMSEND, "--no-uid-checks", "-aec", "DICOMNODE", "127.0.0.1", str(port)]
     start = time.perf_counter()
     senders = [
         subprocess.Popen([*command, *map(str, share)], env=ENVIRONMENT)
@@ -106,12 +109,24 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _empty(folder: Path) -> None:
+    """Free the room of what was received, and keep the names until the end.
+
+    ext4 searches long for an inode where many were just deleted: one run would pay for another.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.truncate(path, 0)
+
+
 def once(
     name: str, sender: str, files: Sequence[Path], associations: int, where: Path
 ) -> tuple[float, float]:
     """Seconds, and the receiver's CPU seconds."""
     receiver, sync = RECEIVERS[name]
-    with scratch(where) as folder, receiver(folder / "kept") as running:
+    folder = Path(tempfile.mkdtemp(dir=where))
+    with contextlib.ExitStack() as after, receiver(folder / "kept") as running:
+        after.callback(_empty, folder)
         settle()
         before = running.cpu_seconds()
         seconds = SENDERS[sender](running.port, files, associations)

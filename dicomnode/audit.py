@@ -1,4 +1,7 @@
-"""Do the stored files equal what the journal says? The check behind ``check --storage``."""
+"""Do the stored files equal what the journal says? The check behind ``check --storage``.
+
+One series at a time: as little memory for a million instances as for a hundred.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,23 +28,62 @@ def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
     Yields a `Fault` for each difference and, at the end, how many instances were compared. Reads
     every byte stored; may run beside a running node.
     """
-    i = t.instances.c
-    query = select(i.sop_instance_uid, i.series_uid, i.sha256).where(~i.purged)
-    known: set[tuple[str, str]] = set()
-    for uid, series_uid, digest in database.read(query):
-        known.add((series_uid, uid))
-        path = spool.path(series_uid, uid)
-        if not path.is_file():
-            yield Fault(uid, series_uid, "the file is missing; send the instance again")
-        elif dataset_digest(path)[0] != digest:
-            yield Fault(uid, series_uid, "the stored bytes are not those received")
-    for series_uid, uid, _ in spool.stored():
-        if (series_uid, uid) not in known and not _known_now(database, uid):
-            yield Fault(uid, series_uid, "a file without a journal entry; never acknowledged")
-    yield len(known)
+    compared = 0
+    for series_uid in _series(database, spool):
+        here = {path.stem for path in (spool.received / series_uid).glob("*.dcm")}
+        for uid, digest in stored_of(database, series_uid):
+            compared += 1
+            here.discard(uid)
+            if what := file_fault(database, spool, series_uid, uid, digest):
+                yield Fault(uid, series_uid, what)
+        for uid in sorted(here):
+            if what := _stray(database, series_uid, uid):
+                yield Fault(uid, series_uid, what)
+    yield compared
 
 
-def _known_now(database: Database, uid: str) -> bool:
-    """It may have arrived since the rows were read."""
+def stored_of(database: Database, series_uid: str) -> list[tuple[str, str]]:
+    """SOP Instance UID and digest of each instance of a series whose file should be there."""
     i = t.instances.c
-    return bool(database.read(select(i.size).where(i.sop_instance_uid == uid, ~i.purged)))
+    query = select(i.sop_instance_uid, i.sha256).where(i.series_uid == series_uid, ~i.purged)
+    return [(uid, digest) for uid, digest in database.read(query)]
+
+
+def file_fault(database: Database, spool: Spool, series_uid: str, uid: str, digest: str) -> str:
+    """What is wrong with the file of an instance; empty: nothing, or retention deleted it."""
+    try:
+        if dataset_digest(spool.path(series_uid, uid))[0] == digest:
+            return ""
+    except FileNotFoundError:
+        wanted = _row(database, series_uid, uid) is False
+        return "the file is missing; send the instance again" if wanted else ""
+    except OSError as error:
+        return f"the file cannot be read: {error.strerror}"
+    return "the stored bytes are not those received"
+
+
+def _series(database: Database, spool: Spool) -> Iterator[str]:
+    """Every series of the journal, then folders that none of them has."""
+    known = {uid for (uid,) in database.read(select(t.series.c.series_uid))}
+    yield from sorted(known)
+    folders = spool.received.iterdir() if spool.received.is_dir() else ()
+    yield from sorted(folder.name for folder in folders if folder.name not in known)
+
+
+def _row(database: Database, series_uid: str, uid: str) -> bool | None:
+    """Whether retention deleted an instance, now; None: it is not known."""
+    i = t.instances.c
+    query = select(i.purged).where(i.sop_instance_uid == uid, i.series_uid == series_uid)
+    rows = database.read(query)
+    return bool(rows[0][0]) if rows else None
+
+
+def _stray(database: Database, series_uid: str, uid: str) -> str:
+    """Why a file should not be there; empty: it came meanwhile, or is about to be deleted."""
+    purged = _row(database, series_uid, uid)
+    if purged is None:
+        return "a file without a journal entry; never acknowledged"
+    going = select(t.removals.c.kind).where(t.removals.c.series_uid == series_uid)
+    if purged and not database.read(going):
+        return "retention deleted it, and yet its file is here; delete it"
+    return ""

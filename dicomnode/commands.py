@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dicomnode import console
@@ -15,8 +14,10 @@ from dicomnode.history import History
 from dicomnode.jobs import Jobs
 from dicomnode.lifecycle import Delivery, State
 from dicomnode.tables import Database
+from dicomnode.transactions import Transactions
 
 OK, MENDABLE = 0, 1
+_WHAT = "a job (job-3), a delivery (delivery-5) or a commitment (commitment:UID)"
 
 
 def check(args: argparse.Namespace) -> int:
@@ -85,6 +86,24 @@ def _check_storage(config: NodeConfig) -> int:
     return MENDABLE if faults else OK
 
 
+def backup(args: argparse.Namespace) -> int:
+    """copy the journal and all stored files of a node, which may be running, to a folder"""
+    from dicomnode.backup import back_up
+
+    copied = back_up(load_config(args.config).node.data_dir, args.folder)
+    print(
+        f"{args.folder}: the journal, {copied.received} received and {copied.results} derived"
+        f" instances, {copied.quarantined} in quarantine; {copied.linked} are hard links"
+    )
+    if copied.linked:
+        print("hard links do not survive the loss of this disk: copy the folder to another one")
+    if copied.purged:
+        print(f"{copied.purged} instances were deleted by retention meanwhile, and are marked so")
+    for fault in copied.faults:
+        print(f"instance {fault.sop_instance_uid} of series {fault.series_uid}: {fault.what}")
+    return MENDABLE if copied.faults else OK
+
+
 def explain(args: argparse.Namespace) -> int:
     """for each series found: which routes match, which not and why"""
     from dicomnode import offline
@@ -97,6 +116,12 @@ def explain(args: argparse.Namespace) -> int:
         print(f"series {one.series_uid}: {one.instances} instances")
         if one.missing:
             print(f"  MISSING_SLICES: {one.missing} slices are missing; send the whole series")
+        for stack in one.stacks:
+            print(f"  {stack}")
+        for code, count in one.ignored.items():
+            print(f"  set aside as {code}: {count}")
+        if one.refusal:
+            print(f"  no stack: {one.refusal}")
         for decision in one.decisions:
             print(f"  {decision}")
     if others:
@@ -109,6 +134,9 @@ def _explained_as_data(one: Any) -> dict[str, Any]:
         "series_uid": one.series_uid,
         "instances": one.instances,
         "missing_slices": one.missing,
+        "stacks": [asdict(stack) for stack in one.stacks],
+        "ignored": one.ignored,
+        "refusal": one.refusal,
         "routes": [
             {"name": d.route.name, "matches": d.taken, "why_not": list(d.reasons)}
             for d in one.decisions
@@ -124,12 +152,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({uid: asdict(outcome) for uid, outcome in outcomes.items()}, indent=1))
     for uid, outcome in outcomes.items() if not args.json else ():
-        if outcome.derived_uid:
-            where = args.out / outcome.derived_uid
-            print(f"series {uid}: {len(outcome.instances)} instances in {where}; {outcome.detail}")
-        else:
+        made = {one.uid: one for one in outcome.series}
+        for stack in outcome.stacks:
+            print(f"series {uid}{f', {stack.rule}' if stack.rule else ''}: ", end="")
+            if stack.refusal:
+                print(f"{stack.refusal}: {stack.detail}")
+            else:
+                where = args.out / stack.derived_uid
+                one = made[stack.derived_uid]
+                beside = f", {len(one.companions)} companions beside it" if one.companions else ""
+                print(f"{len(one.instances)} instances in {where}{beside}; {stack.detail}")
+        if not outcome.stacks:
             print(f"series {uid}: {outcome.refusal or outcome.broken}: {outcome.detail}")
-    done = [outcome for outcome in outcomes.values() if outcome.derived_uid]
+    done = [outcome for outcome in outcomes.values() if outcome.series]
     if not outcomes:
         print("no DICOM series found", file=sys.stderr)
     return OK if outcomes and len(done) == len(outcomes) else MENDABLE
@@ -170,35 +205,46 @@ def status(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     history = History(_database(config))
     if args.series_uid is None:
-        counts, series = history.counts(), history.series()
+        counts, series, owed = history.counts(), history.series(), history.commitments()
         if args.json:
-            print(json.dumps({"counts": counts, "series": series}, indent=1))
+            data = {"counts": counts, "series": series, "commitments": owed}
+            print(json.dumps(data, indent=1))
         else:
-            print(console.overview(counts, series))
+            print(console.overview(counts, series, owed))
         return OK
     one = history.one_series(args.series_uid)
     if one is None:
         raise ConfigError(f"no series {args.series_uid} was received")
-    since = time.time() - one["last_received"]
+    since = max(0.0, time.time() - one["last_received"])  # the clock may have been set back
     waiting = f"last instance {since:.0f} s ago" if one["open"] else ""
     print(json.dumps(one, indent=1) if args.json else console.one_series(one, waiting))
     return OK
 
 
 def retry(args: argparse.Namespace) -> int:
-    """queue a job or a delivery again: job-3, delivery-5, or --all-failed"""
+    """take up again: job-3, delivery-5, commitment:UID, or --all-failed"""
     database = _database(load_config(args.config))
-    jobs, now = Jobs(database), time.time()
+    jobs, transactions, now = Jobs(database), Transactions(database), time.time()
     if args.all_failed:
         failed, parked = jobs.in_state(State.FAILED), jobs.deliveries_in_state(Delivery.PARKED)
+        commitments = transactions.parked()
         for job in failed:
             jobs.retry_job(job, now)
         for delivery in parked:
             jobs.retry_delivery(delivery, now)
-        print(f"{len(failed)} jobs and {len(parked)} deliveries queued again")
+        for uid in commitments:
+            transactions.retry(uid, now)
+        print(
+            f"{len(failed)} jobs, {len(parked)} deliveries and {len(commitments)} storage"
+            " commitments queued again"
+        )
         return OK
     if args.what is None:
-        raise ConfigError("name a job (job-3), a delivery (delivery-5), or --all-failed")
+        raise ConfigError(f"name {_WHAT}, or --all-failed")
+    if args.what.startswith("commitment:"):
+        transactions.retry(args.what.removeprefix("commitment:"), now)
+        print(f"{args.what} queued again")
+        return OK
     kind, number = _numbered(args.what)
     if kind == "delivery":
         jobs.retry_delivery(number, now)
@@ -219,50 +265,37 @@ def discard(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """list the model packages; verify: sums, schema and self-test; bench: seconds per slice"""
-    from dicomnode.imaging.package import read_package
+    """list packages; verify sums, schema, self-test; bench: seconds per slice; export-monai"""
+    from dicomnode import catalogue
+    from dicomnode.imaging.bundle import monai_metadata
 
     config = load_config(args.config)
-    names = [args.name] if args.name else _package_names(config.models_dir)
-    packages = {name: read_package(config.models_dir / name) for name in names}
-    rows = [
-        {"name": p.name, "version": p.version, "task": p.manifest.task, "sha256": p.digest}
-        for p in packages.values()
-    ]
-    if args.action == "bench":
-        return _bench(packages.values(), args.device or config.device, rows, args.json)
+    packages = catalogue.find_packages(config, args.name)
+    if args.action == "export-monai":
+        if args.name is None:
+            raise ConfigError("models export-monai: name the package")
+        print(json.dumps(monai_metadata(packages[args.name]), indent=2))
+        return OK
+    rows = {folder: catalogue.describe(folder, package) for folder, package in packages.items()}
+    lines, code = [_model_line(row) for row in rows.values()], OK
     if args.action == "verify":
-        from dicomnode.worker import load_models
-
-        _, failures, device = load_models(packages, config.device, 0)
-        for row in rows:
-            row["self_test"] = failures.get(row["name"], f"passed on {device}")
-        if args.json:
-            print(json.dumps(rows, indent=1))
-        for row in () if args.json else rows:
-            print(f"{row['name']} {row['version']}: {row['self_test']}")
-        return MENDABLE if failures else OK
-    print(json.dumps(rows, indent=1) if args.json else "\n".join(map(_model_line, rows)))
-    return OK
-
-
-def _bench(packages: Any, device: str, rows: list[dict[str, Any]], as_json: bool) -> int:
-    from dicomnode.offline import bench
-
-    for package, row in zip(packages, rows, strict=True):
-        used, row["median_seconds_per_slice"], row["slowest_seconds_per_slice"] = bench(
-            package, device
-        )
-        row["device"] = used
-        if not as_json:
-            print(
-                f"{package.name} {package.version} on {used}: "
-                f"{row['median_seconds_per_slice']:.3f} s per 512x512 slice (median of 8), "
-                f"slowest {row['slowest_seconds_per_slice']:.3f} s"
+        lines = []
+        device = args.device or config.device
+        for folder, passed, words in catalogue.verify(config, packages, device):
+            rows[folder]["self_test"], code = words, code if passed else MENDABLE
+            lines.append(f"{folder} {rows[folder]['version']}: {words}")
+    if args.action == "bench":
+        lines = []
+        for folder, package in packages.items():
+            timing = catalogue.bench(package, args.device or config.device, config.precision)
+            rows[folder] |= asdict(timing)
+            lines.append(
+                f"{folder} {package.version}: {timing.median_seconds:.3f} s per {timing.matrix} x "
+                f"{timing.matrix} slice (median of {catalogue.SLICES}), slowest "
+                f"{timing.slowest_seconds:.3f} s; {timing.words}"
             )
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    return OK
+    print(json.dumps(list(rows.values()), indent=1) if args.json else "\n".join(lines))
+    return code
 
 
 def conformance(args: argparse.Namespace) -> int:
@@ -298,10 +331,6 @@ def _model_line(row: dict[str, Any]) -> str:
     return f"{row['name']} {row['version']}  {row['task']}  sha256 {row['sha256']}"
 
 
-def _package_names(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("*/manifest.yaml"))
-
-
 def _database(config: NodeConfig) -> Database:
     return Database(config.node.data_dir / "journal.db", create=False)
 
@@ -310,7 +339,7 @@ def _numbered(text: str) -> tuple[str, int]:
     """job-3, job 3 or 3 -> ("job", 3); delivery-5 -> ("delivery", 5)."""
     kind, _, number = text.rpartition("-")
     if kind not in ("", "job", "delivery") or not number.isdecimal():
-        raise ConfigError(f"{text!r}: name a job (job-3) or a delivery (delivery-5)")
+        raise ConfigError(f"{text!r}: name {_WHAT}")
     return kind or "job", int(number)
 
 

@@ -172,8 +172,8 @@ class Commitments:
             return n.NO_SUCH_INSTANCE
         if stored.sop_class_uid != sop_class:
             return CLASS_INSTANCE_CONFLICT
-        if stored.purged:
-            return n.PROCESSING_FAILURE
+        if stored.purged:  # "was not available" (PS3.3 C.14.1.1): nothing failed, it is not here
+            return n.NO_SUCH_INSTANCE
         try:
             digest, _ = dataset_digest(self._spool.path(stored.series_uid, instance))
         except OSError as error:

@@ -12,8 +12,8 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 
 from dicomnode import normalized as n
 from dicomnode.errors import DeliveryError, OperationRefused
+from dicomnode.part10 import MALFORMED
 from dicomnode.scu import Address, tls_arguments
-from dicomnode.series import MALFORMED
 from dicomnode.transactions import Reference, Result
 
 PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"

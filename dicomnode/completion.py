@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from dicomnode import metrics
 from dicomnode.config import NodeConfig
@@ -36,41 +37,54 @@ class Completion:
         self._carriers, self._performed = carriers, performed
         self._missing: dict[str, tuple[float, int]] = {}
         self._said: dict[str, tuple[float, frozenset[str], Expected | None]] = {}
-        self.started = 0.0
-        """When this node began to listen, seconds since the epoch."""
+        self._changed: dict[str, tuple[float, float]] = {}
 
-    def step(self, now: float) -> tuple[int, int]:
-        """Close what is complete; how many series were looked at, and how many closed."""
+    def step(self, now: float, clock: float) -> tuple[int, int]:
+        """Close what is complete; how many series were looked at, and how many closed.
+
+        `now`, seconds since the epoch, is what the journal notes. `clock`, seconds of a clock that
+        nobody sets, measures every wait: a clock set back must not keep a series open, nor one set
+        forward end its waiting. A wait begins when we first see the state of a series, after a
+        start at the earliest: while the node was down nobody could send.
+        """
         open_series = self._journal.open_series()
-        closed = 0
+        closed, before, self._changed = 0, self._changed, {}
         for series in open_series:
+            seen = before.get(series.series_uid)
+            if seen is None or seen[0] != series.last_received:
+                seen = (series.last_received, clock)
+            self._changed[series.series_uid] = seen
             try:
-                closed += self._judge(series, now)
+                closed += self._judge(series, now, clock)
             except Exception:  # one series that breaks must not hold up the others
                 log.exception("series %s could not be judged", series.series_uid)
         return len(open_series), closed
 
-    def _judge(self, series: OpenSeries, now: float) -> bool:
+    def _judge(self, series: OpenSeries, now: float, clock: float) -> bool:
+        changed = self._changed[series.series_uid][1]
         verdict = judge(
-            series,
+            replace(series, last_received=changed),
             lambda: self._missing_slices(series),
             self._carriers.released_at(series.series_uid),
             self._config.series,
-            now,
-            self.started,
+            clock,
+            changed,
             lambda released: self._announced(series, released),
         )
         if not verdict.complete:
             return False
         notes = [f"complete: {verdict.reason}"]
-        routes: list[tuple[str, str]] = []
-        if verdict.missing:
-            outcome = f"refused: MISSING_SLICES: {verdict.reason}; send the whole series again"
-        else:
-            routes, outcome, why = self._route(series)
-            notes += why
+        routes, outcome, why = self._route(series)
+        notes += why
+        if verdict.missing:  # the worker refuses the stack with the gap, and no other
+            notes.append(
+                "MISSING_SLICES: stacks with a gap are refused; send the whole series again"
+            )
         notes.append(outcome)
-        if not self._jobs.close_series(series, outcome, routes, notes, now):
+        superseded = self._config.series.on_superseded
+        if not self._jobs.close_series(
+            series, outcome, routes, notes, now, on_superseded=superseded
+        ):
             return False
         self._carriers.forget(series.series_uid)
         self._missing.pop(series.series_uid, None)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 from pydicom.datadict import tag_for_keyword
 
 from dicomnode import credentials, schema, sop_classes
+from dicomnode.conditions import Condition
 from dicomnode.credentials import NodeTls, PeerTls
 from dicomnode.errors import ConfigError, NotYetError
 from dicomnode.schema import Builder, Check, setting
@@ -119,6 +120,9 @@ class SeriesSection:
     on_late_instances: Literal["regenerate", "hold"] = setting(
         "regenerate", "instances after completion: translate the whole series again, or only keep"
     )
+    on_superseded: Literal["retract", "keep"] = setting(
+        "retract", "an earlier result that was sent: withdraw it (KO) before the new one, or keep"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,84 +134,12 @@ class RetentionSection:
     )
 
 
-PATTERNS: dict[str, Any] = {
-    "anyOf": [
-        {"type": ["string", "number"]},
-        {"type": "array", "minItems": 1, "items": {"type": ["string", "number"]}},
-    ]
-}
-
-
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """What one attribute of a series must be; every part that is given must hold."""
-
-    present: bool | None = None
-    any: tuple[str, ...] | None = None
-    """Patterns with ``*`` and ``?``, without regard to case; one must match one value."""
-    none_of: tuple[str, ...] | None = None
-    min: float | None = None
-    max: float | None = None
-    regex: str | None = None
-
-    SHAPE: ClassVar[dict[str, Any]] = {
-        "description": "a scalar, a list (any of), or present, not, min, max, regex, any",
-        "anyOf": [
-            *PATTERNS["anyOf"],
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "minProperties": 1,
-                "properties": {
-                    "present": {"type": "boolean"},
-                    "any": PATTERNS,
-                    "not": PATTERNS,
-                    "min": {"type": "number"},
-                    "max": {"type": "number"},
-                    "regex": {"type": "string"},
-                },
-            },
-        ],
-    }
-
-    @classmethod
-    def read(cls, builder: Builder, value: Any, where: str) -> "Condition":
-        """A scalar, a list (any of), or a mapping of present, not, min, max, regex, any."""
-        if not isinstance(value, dict):
-            return cls(any=_patterns(builder, value, where))
-        parts: dict[str, Any] = {}
-        for key, part in value.items():
-            inner = f"{where}.{key}"
-            if key in ("any", "not"):
-                name = "any" if key == "any" else "none_of"
-                parts[name] = _patterns(builder, part, inner)
-            elif key in ("min", "max"):
-                parts[key] = builder.build(float, part, inner)
-            elif key == "present":
-                parts[key] = builder.build(bool, part, inner)
-            elif key == "regex":
-                parts[key] = _regex(builder, part, inner)
-            else:
-                builder.fail(inner, "unknown; known here: present, not, min, max, regex, any")
-        if not value:
-            builder.fail(where, "says nothing; use {present: true}")
-        return cls(**parts)
-
-
-def _patterns(builder: Builder, value: Any, where: str) -> tuple[str, ...]:
-    items = value if isinstance(value, list) else [value]
-    if not items or not all(type(item) in (str, int, float) for item in items):
-        builder.fail(where, "expected a text, a number or a list of them (dates in quotes)")
-        return ()
-    return tuple(str(item) for item in items)
-
-
-def _regex(builder: Builder, value: Any, where: str) -> str:
-    try:
-        re.compile(value)
-    except (re.error, TypeError) as error:
-        builder.fail(where, f"not a regular expression: {error}")
-    return str(value)
+class Companions:
+    gsps: Literal["window", "label", "none"] = setting(
+        "window", "presentation state: label and windows of the images, only the label, or none"
+    )
+    report: bool = setting(True, "structured report: model identity and QA measurements")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +158,10 @@ class Route:
     allow_lossy: bool = setting(False, "translate lossily compressed sources")
     series_number: int | str = setting("+1000", "offset (+N) on the source's number, or a number")
     description: str = setting("{source} [SYN {model}]", "SeriesDescription of the result")
+    companions: Companions = setting(Companions(), "what goes with the result, beside its images")
+    label: Literal["none", "burned"] = setting(
+        "none", "burned: SYNTHETIC - NOT ACQUIRED in the pixels, whose values are lost"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +172,7 @@ class NodeConfig:
     series: SeriesSection = setting(SeriesSection(), "when a series is complete")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", check=_device)
     precision: Literal["auto", "fp32", "bf16", "int8"] = setting(
-        "auto", "auto and fp32 so far; bf16 and int8: not yet"
+        "auto", "lowest number format wanted; never below what a model was accepted for"
     )
     models_dir: Path = setting(Path("models"), "folder of the model packages")
     engine: str | Mapping[str, Any] = setting("local", "local; ray: not yet")
@@ -353,7 +289,7 @@ def _route_problems(route: Route, where: str, config: NodeConfig) -> list[str]:
             problems.append(f"{where}.send_to: no peer named {name!r}")
         elif not peer.dicomweb and (peer.port is None or peer.host is None or "/" in peer.host):
             problems.append(f"{where}.send_to: peer {name!r} needs a host and a port to send to")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", route.model):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", route.model):
         problems.append(f"{where}.model: not the name of a folder in models_dir")
     if not re.fullmatch(r"\+[0-9]{1,9}|[1-9][0-9]{0,8}", str(route.series_number)):
         problems.append(f"{where}.series_number: must be a number from 1 on, or +N for an offset")
@@ -387,7 +323,6 @@ def _not_yet(config: NodeConfig) -> list[str]:
     """Keys of the contract that later versions honour: refused, so that nobody relies on them."""
     later = {
         "node.journal": config.node.journal is not None,
-        "precision": config.precision in ("bf16", "int8"),
         "engine": config.engine != "local",
     }
     for name, peer in config.peers.items():

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from pydicom.uid import UID
-from pynetdicom import ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts
+from pynetdicom import AllStoragePresentationContexts
 
 from dicomnode import __version__
 from dicomnode.config import NodeConfig
+from dicomnode.upper_layer.negotiation import TRANSFER_SYNTAXES
 
 _TRANSLATED = "CT Image Storage"
 
@@ -39,6 +40,7 @@ def _overview(config: NodeConfig) -> list[str]:
             [
                 ("Verification", "yes", "yes"),
                 ("Storage, see 4.2.1.3", f"{_TRANSLATED} and what is sent by hand", "yes"),
+                *((UID(uid).name, "yes", "yes") for uid in _companions(config)),
                 ("Storage Commitment Push Model", "no", "yes"),
                 ("Modality Performed Procedure Step", "no", "yes"),
             ],
@@ -106,7 +108,7 @@ def _accepted(config: NodeConfig) -> list[str]:
         "the bytes are here and unharmed, for that time.",
         "",
         *_table(("SOP class", "UID"), [(UID(uid).name, uid) for uid in storage]),
-        *_table(("transfer syntax", "UID"), [(UID(u).name, u) for u in ALL_TRANSFER_SYNTAXES]),
+        *_table(("transfer syntax", "UID"), [(UID(u).name, u) for u in TRANSFER_SYNTAXES]),
         *_statuses(),
     ]
 
@@ -137,8 +139,19 @@ def _initiated(config: NodeConfig) -> list[str]:
         "",
         *_table(("destination", "AE title", "address"), rows),
         "Success, 0xB000, 0xB006, 0xB007 and 0x0111 count as delivered; 0xA9xx, 0xCxxx and a",
-        "permanent rejection with a reason are not tried again; everything else is.",
+        "permanent rejection with a reason are not tried again; everything else is. A refused",
+        "presentation state or report (also 0x0122, or no presentation context) holds nothing up.",
         "",
+    ]
+
+
+def _companions(config: NodeConfig) -> list[str]:
+    """SOP classes of what the routes send beside derived images."""
+    states = any(route.companions.gsps != "none" for route in config.routes)
+    reports = any(route.companions.report for route in config.routes)
+    return [
+        *(["1.2.840.10008.5.1.4.1.1.11.1"] if states else []),
+        *(["1.2.840.10008.5.1.4.1.1.88.33"] if reports else []),
     ]
 
 
@@ -168,6 +181,7 @@ def _rest(config: NodeConfig) -> list[str]:
         "",
         "## 8 Annexes",
         "",
+        "Why a series is refused, with the remedy of each code: docs/CONFORMANCE.md.",
         "Derived instances: docs/MODELS.md and docs/ARCHITECTURE.md. Private code: coding scheme",
         "99DICOMNODE (DerivationCodeSequence). No private attributes. UIDs: 2.25 and UUIDv5.",
     ]

@@ -10,12 +10,18 @@ def clock(at: float) -> str:
     return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def overview(counts: Mapping[str, Mapping[str, int]], series: list[dict[str, Any]]) -> str:
-    """The queue at a glance, then a line per series, its jobs and deliveries."""
+def overview(
+    counts: Mapping[str, Mapping[str, int]],
+    series: list[dict[str, Any]],
+    commitments: list[dict[str, Any]],
+) -> str:
+    """The queue at a glance, then a line per storage commitment that is owed, and per series."""
     lines = [
         f"{what}: " + (", ".join(f"{n} {state}" for state, n in states.items()) or "none")
         for what, states in counts.items()
     ]
+    for owed in commitments:
+        lines.append(_commitment(owed))
     for one in series:
         lines.append("")
         state = "open" if one["open"] else one["outcome"] or "closed"
@@ -51,13 +57,18 @@ def _jobs(jobs: list[dict[str, Any]]) -> list[str]:
     lines = []
     for job in jobs:
         words = [f"  job {job['id']}", f"route '{job['route']}'", job["state"]]
+        if job["retracts"] is not None:
+            words.insert(1, f"withdraws what job {job['retracts']} made")
         if job["state"] not in ("done", "sending"):
             words += [part for part in (job["code"], job["detail"]) if part]
         if job["attempts"] > 1:
             words.append(f"attempt {job['attempts']}")
         lines.append(", ".join(words))
-        if job["derived_uid"]:
-            lines.append(f"    derived series {job['derived_uid']}")
+        lines += [f"    {stack['text']}" for stack in job["stacks"]]
+        lines += [
+            f"    derived series {made['series_uid']}, {made['instances']} instances"
+            for made in job["derived"]
+        ]
         lines += [_delivery(delivery) for delivery in job["deliveries"]]
     return lines
 
@@ -70,3 +81,11 @@ def _delivery(delivery: Mapping[str, Any]) -> str:
     if delivery["state"] in ("waiting", "parked") and delivery["detail"]:
         words += f"; {delivery['detail']}"
     return words
+
+
+def _commitment(owed: Mapping[str, Any]) -> str:
+    words = (
+        f"commitment:{owed['transaction_uid']} of {owed['instances']} instances to {owed['peer']}:"
+        f" {owed['state']} since {clock(owed['asked'])}"
+    )
+    return f"{words}; {owed['detail']}" if owed["detail"] else words

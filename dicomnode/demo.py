@@ -28,6 +28,7 @@ import yaml
 from pydicom.errors import InvalidDicomError
 from pynetdicom import AE, StoragePresentationContexts, build_context, evt
 
+from dicomnode import sop_classes
 from dicomnode.comparison import Comparison, compare, write_picture
 from dicomnode.config import load_config
 from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError, WorkerLost
@@ -44,7 +45,7 @@ def run_demo(config_path: Path, out: Path, dicom: Path | None, model: str | None
     Args:
         config_path: the config.yaml to start from; its routes and models are used, its peers,
             ports and data folder are not, so that nothing leaves this machine.
-        out: folder for source/, derived/, before-after.png and node.log.
+        out: folder for source/, derived/, companions/, before-after.png and node.log.
         dicom: folder with a series to send; None for the phantom.
         model: a model package for every route instead of the configured one.
 
@@ -72,8 +73,8 @@ def _terminated(*_: object) -> None:
 
 def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -> None:
     started = time.monotonic()
-    source, derived = out / "source", out / "derived"
-    for folder in (source, derived):
+    source, derived, beside = out / "source", out / "derived", out / "companions"
+    for folder in (source, derived, beside):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     files = _phantom(source) if dicom is None else _copy(dicom, source)
@@ -81,7 +82,7 @@ def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -
     ports = _free_ports(3)
     with (
         tempfile.TemporaryDirectory(prefix="dicomnode-demo-") as work,
-        _pacs(derived, ports[2]) as pacs,
+        _pacs(derived, beside, ports[2]) as pacs,
     ):
         config = _derived_config(config_path, Path(work), ports, model)
         with _node(config, out / "node.log", ports[1]):
@@ -91,6 +92,7 @@ def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -
             print(_status(config, series_uid), flush=True)
         _say("the node has stopped")
     comparison = _compare(files, pacs.files, out)
+    _say(f"beside the images came {_kinds(pacs.companions) or 'no companions'}")
     if dicom is None:
         _compare_with_truth(comparison)
     _say(f"done in {time.monotonic() - started:.0f} s; look at {out / 'before-after.png'}")
@@ -140,17 +142,21 @@ class _Pacs:
 
     port: int
     files: list[Path]
+    """Images."""
+    companions: list[Path]
 
 
 @contextlib.contextmanager
-def _pacs(folder: Path, port: int) -> Iterator[_Pacs]:
-    pacs, lock = _Pacs(port, []), threading.Lock()
+def _pacs(images: Path, beside: Path, port: int) -> Iterator[_Pacs]:
+    pacs, lock = _Pacs(port, [], []), threading.Lock()
 
     def store(event: evt.Event) -> int:
+        is_image = event.request.AffectedSOPClassUID not in sop_classes.COMPANIONS
+        folder, files = (images, pacs.files) if is_image else (beside, pacs.companions)
         with lock:
-            path = folder / f"{len(pacs.files) + 1:04d}.dcm"
+            path = folder / f"{len(files) + 1:04d}.dcm"
             path.write_bytes(event.encoded_dataset())
-            pacs.files.append(path)
+            files.append(path)
         return 0x0000
 
     ae = AE(PACS)
@@ -284,7 +290,7 @@ def _wait_for_result(config: Path, series_uid: str, pacs: _Pacs, sent: int) -> N
     told = ""
     while True:
         series = json.loads(_status(config, "--json", series_uid))
-        if (words := _progress(series, len(pacs.files))) != told:
+        if (words := _progress(series, pacs)) != told:
             _say(words)
             told = words
         if _settled(series):
@@ -298,11 +304,19 @@ def _wait_for_result(config: Path, series_uid: str, pacs: _Pacs, sent: int) -> N
         raise DicomNodeError("no derived series; the timeline above says why")
 
 
-def _progress(series: dict[str, Any], received: int) -> str:
+def _progress(series: dict[str, Any], pacs: _Pacs) -> str:
     if series["open"]:
         return "the node waits for more instances of the series ..."
     jobs = ", ".join(f"route '{job['route']}': {job['state']}" for job in series["jobs"])
-    return f"{jobs or 'no route'}; the PACS has received {received} derived instances"
+    received = f"{len(pacs.files)} derived images, {len(pacs.companions)} companions"
+    return f"{jobs or 'no route'}; the PACS has received {received}"
+
+
+def _kinds(companions: Sequence[Path]) -> str:
+    """What they are, by the name of their SOP class."""
+    headers = [pydicom.dcmread(path, specific_tags=["SOPClassUID"]) for path in companions]
+    names = sorted(header.file_meta.MediaStorageSOPClassUID.name for header in headers)
+    return " and ".join(name.removesuffix(" Storage") for name in names)
 
 
 def _settled(series: dict[str, Any]) -> bool:

@@ -6,9 +6,9 @@ Same source, package, options and `now` give the same bytes.
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from typing import Any
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
 
 import highdicom
 import numpy as np
@@ -35,12 +35,14 @@ from dicomnode.attributes import (
     shallow_copy,
     tags_of,
 )
+from dicomnode.composite import zone_of
 from dicomnode.encodings import Storage, storage_for
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.frames import frame_number
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID, reproducible_uid
 from dicomnode.imaging.pixels import is_lossy, numbers_of, pixel_digest, stored_values
 from dicomnode.imaging.volume import Volume
+from dicomnode.label import label_pixels
 from dicomnode.outputs import check_source, output_of
 from dicomnode.provenance import (
     Identity,
@@ -67,6 +69,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 """Part of every derived UID: goes up when the same input would give other attributes."""
+_STACK_NUMBERS = 10
+"""Between the SeriesNumbers of stacks: companions add 1 to 9."""
 _LOSSY_METHOD = {  # PS3.3 C.7.6.1.1.5.1
     JPEGBaseline8Bit: "ISO_10918_1",
     JPEGExtended12Bit: "ISO_10918_1",
@@ -86,6 +90,9 @@ class OutputOptions:
             text is cut so that the rest stays whole within 64 characters.
         content_qualification: RESEARCH, PRODUCT or SERVICE (PS3.3 C.12.1.1.8); a source that is
             RESEARCH or SERVICE keeps its own.
+        stack: number from 1 of a stack of several, else 0; SeriesNumbers differ by 10.
+        stack_name: what tells the stack from the others, for the description.
+        label: burned: the words of label.py are burned into every image; none.
         generation: how often this very result was retracted before. A late slice needs none: the
             set of source slices is in the UIDs. But an archive that was told to reject a series
             "shall not accept subsequent occurrence" of its UIDs (IHE RAD IOCM), so the same
@@ -99,6 +106,9 @@ class OutputOptions:
     description: str = "{source} [SYN {model}]"
     content_qualification: str = "RESEARCH"
     generation: int = 0
+    label: Literal["none", "burned"] = "none"
+    stack: int = 0
+    stack_name: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\+[0-9]{1,9}|[1-9][0-9]{0,8}", str(self.series_number)):
@@ -136,6 +146,10 @@ def derived_series_uid(
         digests: as from `source_digests`, in any order.
     """
     chosen = [str(options.series_number), options.description, options.content_qualification]
+    if options.label != "none":
+        chosen.append(f"label {options.label}")
+    if options.stack:
+        chosen.append(f"stack {options.stack} {options.stack_name}")
     return reproducible_uid(
         "series",
         SCHEMA_VERSION,
@@ -179,7 +193,7 @@ def derive_series(
             bytes and takes longer; there to be compared with.
 
     Raises:
-        SeriesRefused: see `check_source` and `storage_for`.
+        SeriesRefused: see `check_source`, `storage_for` and `label_pixels`.
         ValueError: prediction, source and datasets do not belong together, or `now` is naive.
     """
     output = output_of(identity.task)
@@ -188,6 +202,10 @@ def derive_series(
     if prediction.unit not in output.units:
         raise ValueError(f"{identity.task} gives {output.units}, not {prediction.unit}")
     storage = storage_for(output.stored, prediction, source, datasets)
+    if options.label == "burned":
+        label = label_pixels(*source.voxels.shape[1:])
+        params = f"{identity.params} burned-in label={label.sum()} pixels lost".strip()
+        storage, identity = replace(storage, label=label), replace(identity, params=params)
     series = _Series(datasets, source.digests, storage, identity, options, now)
     return (series.instance(index, use_template) for index in range(len(datasets)))
 
@@ -224,12 +242,13 @@ class _Series:
         self.keys = [slice_key(dataset) for dataset in datasets]
         by_key = dict(zip(self.keys, digests, strict=True)) if digests else source_digests(datasets)
         self.uid = derived_series_uid(by_key, identity.digest, options)
-        self.number = _series_number(first.get("SeriesNumber"), options.series_number)
+        beside = _STACK_NUMBERS * max(options.stack - 1, 0)
+        self.number = _series_number(first.get("SeriesNumber"), options.series_number, beside)
         self.description = _series_description(first, identity, options)
         self.qualification = first.get("ContentQualification") or options.content_qualification
         if self.qualification not in ("RESEARCH", "SERVICE"):
             self.qualification = options.content_qualification
-        self.now = now.astimezone(_zone_of(first) or now.tzinfo)
+        self.now = now.astimezone(zone_of(first) or now.tzinfo)
         self.numbers = _instance_numbers(datasets)
         self.equipment = contributing_equipment(datasets, identity, self.now)
         self.frame_uid = reproducible_uid("frame", str(first.SeriesInstanceUID))
@@ -257,6 +276,8 @@ class _Series:
         if is_lossy(source):
             _add_loss(derived, source)
         self.storage.describe(derived, source, index)
+        if self.storage.label is not None:
+            derived.BurnedInAnnotation = "YES"
         return derived
 
     def _copy_of_template(self, source: Dataset) -> Dataset:
@@ -339,20 +360,26 @@ def _add_loss(derived: Dataset, source: Dataset) -> None:
         derived.LossyImageCompressionRatio = f"{ratio:.2f}"
 
 
-def _series_number(source: Any, rule: str | int) -> int:
-    """The rule applied; an unusable SeriesNumber of the source counts as 0 (IS: below 2^31)."""
+def _series_number(source: Any, rule: str | int, beside: int) -> int:
+    """The rule applied, and `beside` added.
+
+    An unusable SeriesNumber of the source counts as 0 (IS: below 2^31).
+    """
     text = str(rule)
+    added = int(text) + beside
     if not text.startswith("+"):
-        return int(text)
+        return added
     number = int(source) if isinstance(source, int) and source > 0 else 0
-    return int(text) + (number if number + int(text) < 2**31 else 0)
+    return added + (number if number + added < 2**31 else 0)
 
 
 def _series_description(first: Dataset, identity: Identity, options: OutputOptions) -> str:
     """At most 64 characters; only the model's and the source's texts are ever cut, ending in ~."""
     fixed = len(options.description.replace("{source}", "").replace("{model}", ""))
-    model = plain_text(identity.name, 60 - fixed)
-    template = options.description.replace("{model}", model)
+    name = re.sub(r"[{}]", "", f"stack {options.stack} {options.stack_name}")
+    stack = f" ({plain_text(name, 20)})" if options.stack else ""
+    model = plain_text(identity.name, max(60 - fixed - len(stack), 1))
+    template = options.description.replace("{model}", model) + stack
     source = first.get("SeriesDescription") or ""
     if not isinstance(source, str):
         source = " ".join(str(part) for part in source)  # a backslash made it several values
@@ -370,12 +397,3 @@ def _instance_numbers(datasets: Sequence[Dataset]) -> list[int]:
     if usable and len(set(numbers)) == len(numbers):
         return [int(number) for number in numbers]
     return list(range(1, len(datasets) + 1))
-
-
-def _zone_of(dataset: Dataset) -> timezone | None:
-    """TimezoneOffsetFromUTC, if it is one."""
-    found = re.fullmatch(r"([+-])(\d\d)(\d\d)", str(dataset.get("TimezoneOffsetFromUTC") or ""))
-    if found is None or int(found[2]) > 14 or int(found[3]) > 59:
-        return None
-    offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
-    return timezone(-offset if found[1] == "-" else offset)

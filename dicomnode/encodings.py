@@ -5,6 +5,7 @@ Each rule keeps a prediction to half a rescale quantum, or refuses it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ _PET_LARGEST = 32767
 """Stored value of the largest activity: the same whether a reader takes it as signed or not."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Storage:
     """How every slice of one derived series is stored.
 
@@ -44,6 +45,8 @@ class Storage:
         rescale: RescaleSlope and RescaleIntercept; "source": as the source writes them; None: the
             IOD has no Modality LUT.
         window: centre, width, name; None: the source's first.
+        label: (rows, columns), bool: where a label is burned in, as bright as the brightest voxel
+            of the series; their values are lost. None: nowhere.
     """
 
     voxels: NDArray[np.float32]
@@ -52,9 +55,23 @@ class Storage:
     encodings: Sequence[Encoding]
     rescale: tuple[str, str] | Literal["source"] | None
     window: tuple[str, str, str] | None
+    label: NDArray[np.bool_] | None = None
 
     def plane(self, index: int) -> NDArray[Any]:
         """Stored values of one slice, (rows, columns), int16 or uint16."""
+        stored = self._without_label(index)
+        if self.label is not None:
+            bright = np.full((1, 1), self.brightest, np.float32)
+            stored[self.label] = encode(self.encodings[index], bright, None, 0)[0, 0]
+        return stored
+
+    @cached_property
+    def brightest(self) -> float:
+        """The largest value of the series, padding aside."""
+        native = True if self.padding is None else ~self.padding
+        return float(self.voxels.max(initial=float(self.voxels.min()), where=native))
+
+    def _without_label(self, index: int) -> NDArray[Any]:
         encoding = self.encodings[index]
         if self.padding is None:
             return encode(encoding, self.voxels[index], None, 0)

@@ -13,7 +13,10 @@
     ├── PackageError           a model package is damaged or does not fit
     ├── WorkerLost             a worker process died or did not answer
     ├── JournalError           a change of state that the life-cycle table does not have
+    │   └── JournalBusy          the journal takes no change now: locked, or the disk is full
+    ├── BackupError            a backup that cannot be made there, or that cannot be trusted
     └── DeliveryError          a derived series did not reach its destination
+        ├── NoAssociation        nothing of it was even sent; it may be later
         └── DeliveryRefused      and never will, as things stand
 
 Messages carry UIDs and attribute keywords, never attribute values of the patient. Every message
@@ -111,8 +114,20 @@ class JournalError(DicomNodeError):
     """The journal cannot do what was asked; the message names the record and its state."""
 
 
+class JournalBusy(JournalError):
+    """The journal takes no change now: another program has locked it, or the disk is full."""
+
+
+class BackupError(DicomNodeError):
+    """A backup cannot be made where it was asked for, or the disk does not keep it."""
+
+
 class DeliveryError(DicomNodeError):
     """A derived series did not reach its destination; it stays in the outbox and is retried."""
+
+
+class NoAssociation(DeliveryError):
+    """No association came about, so that nothing was sent; trying again may help."""
 
 
 class DeliveryRefused(DeliveryError):

@@ -4,9 +4,10 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 
 from dicomnode import tables as t
+from dicomnode.lifecycle import ACCEPTED
 from dicomnode.tables import Database
 
 
@@ -19,21 +20,13 @@ class History:
     def series(self, limit: int = 100) -> list[dict[str, Any]]:
         """The most recent series first, each with its jobs and their deliveries."""
         s, i = t.series.c, t.instances.c
-        counted = (
-            select(
-                i.series_uid,
-                func.count().label("instances"),
-                func.sum(case((i.purged, 1), else_=0)).label("purged"),
-            )
-            .group_by(i.series_uid)
-            .subquery()
-        )
-        query = (
-            select(t.series, counted.c.instances, counted.c.purged)
-            .join(counted, counted.c.series_uid == s.series_uid)
-            .order_by(s.last_received.desc())
-            .limit(limit)
-        )
+        recent = select(t.series).order_by(s.last_received.desc()).limit(limit).subquery()
+        mine = i.series_uid == recent.c.series_uid
+        query = select(
+            recent,
+            select(func.count()).where(mine).scalar_subquery().label("instances"),
+            select(func.count()).where(mine, i.purged).scalar_subquery().label("purged"),
+        ).order_by(recent.c.last_received.desc())
         rows = [dict(row._mapping) for row in self._db.read(query)]
         jobs = self._jobs([row["series_uid"] for row in rows])
         return [{**row, "jobs": jobs.get(row["series_uid"], [])} for row in rows]
@@ -66,8 +59,15 @@ class History:
         ):
             job = dict(row._mapping)
             job["findings"] = json.loads(job["findings"]) if job["findings"] else {}
-            jobs[job["id"]] = {**job, "deliveries": []}
-        sent = select(func.count()).where(a.delivery == d.id).scalar_subquery()
+            job["stacks"] = json.loads(job["stacks"]) if job["stacks"] else []
+            jobs[job["id"]] = {**job, "derived": [], "deliveries": []}
+        made = select(o.job, o.series_uid, func.count().label("instances"))
+        made = made.where(o.job.in_(list(jobs))).group_by(o.job, o.series_uid)
+        for row in self._db.read(made.order_by(func.min(o.position))):
+            one = {"series_uid": row.series_uid, "instances": row.instances}
+            jobs[row.job]["derived"].append(one)
+        has = a.delivery == d.id, a.status.in_(ACCEPTED)
+        sent = select(func.count()).where(*has).scalar_subquery()
         total = select(func.count()).where(o.job == d.job).scalar_subquery()
         query = select(t.deliveries, sent.label("accepted"), total.label("instances"))
         for row in self._db.read(query.where(d.job.in_(list(jobs))).order_by(d.id)):
@@ -77,11 +77,21 @@ class History:
             grouped[job["series_uid"]].append(job)
         return dict(grouped)
 
+    def commitments(self, limit: int = 100) -> list[dict[str, Any]]:
+        """Storage commitments still owed to a peer or parked, the latest request first."""
+        c, r = t.commitments.c, t.commitment_items.c
+        mine = r.transaction_uid == c.transaction_uid
+        instances = select(func.count()).where(mine).scalar_subquery()
+        query = select(t.commitments, instances.label("instances")).where(c.state != "reported")
+        rows = self._db.read(query.order_by(c.asked.desc()).limit(limit))
+        return [dict(row._mapping) for row in rows]
+
     def counts(self) -> dict[str, dict[str, int]]:
-        """Jobs and deliveries by state, and open and closed series."""
+        """Jobs, deliveries and storage commitments by state, and open and closed series."""
         return {
             "jobs": self._count(t.jobs.c.state),
             "deliveries": self._count(t.deliveries.c.state),
+            "commitments": self._count(t.commitments.c.state),
             "series": {
                 "open" if is_open else "closed": number
                 for is_open, number in self._count(t.series.c.open).items()

@@ -7,16 +7,17 @@ translation: the stored bytes are sent again.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import tables as t
 from dicomnode.errors import JournalError
+from dicomnode.generations import OnSuperseded, advance, supersede, waits_for_withdrawal, withdrawn
 from dicomnode.journal import OpenSeries
-from dicomnode.lifecycle import TRANSITIONS, Delivery, Event, State, after, delivery_after
+from dicomnode.lifecycle import Delivery, Event, State, delivery_after
 from dicomnode.tables import Database, note
 
 MAX_CRASHES = 5
@@ -34,6 +35,18 @@ class Job:
     route: str
     attempts: int
     created: float
+    retracts: int | None = None
+    """The job whose result this one withdraws; None: it translates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One instance that a job made."""
+
+    series_uid: str
+    """The derived series it is, or goes with; names its folder."""
+    sop_instance_uid: str
+    sop_class_uid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +54,19 @@ class DueDelivery:
     id: int
     job: int
     series_uid: str
-    derived_uid: str
     destination: str
     attempts: int
     created: float
-    remaining: tuple[str, ...]
-    """SOP Instance UIDs the destination has not accepted yet."""
+    begun: bool
+    """Whether the destination may have some of it already."""
+    retracts: int | None
+    outputs: tuple[Output, ...]
+    """What the destination has not accepted yet, in the order of sending."""
+
+    @property
+    def remaining(self) -> tuple[str, ...]:
+        """SOP Instance UIDs of `outputs`."""
+        return tuple(output.sop_instance_uid for output in self.outputs)
 
 
 class Jobs:
@@ -63,7 +83,7 @@ class Jobs:
             for job in db.execute(running).all():
                 event = _after_loss(job.attempts, job.crashes)
                 detail = f"the node stopped in attempt {job.attempts}"
-                self._advance(db, job.id, event, now, detail, "NODE_STOPPED")
+                advance(db, job.id, event, now, detail, "NODE_STOPPED")
 
     def close_series(
         self,
@@ -72,10 +92,13 @@ class Jobs:
         routes: Sequence[tuple[str, str]],
         notes: Sequence[str],
         now: float,
+        *,
+        on_superseded: OnSuperseded = "retract",
     ) -> bool:
         """Close a series and queue a job per (route, priority); False if it was overtaken.
 
-        Nothing happens if an instance arrived after `seen` was read.
+        Nothing happens if an instance arrived after `seen` was read. `on_superseded`: what is
+        done about an earlier generation that a destination may have.
         """
         s = t.series.c
         with self._db.write() as db:
@@ -89,7 +112,7 @@ class Jobs:
                 return False
             for text in notes:
                 note(db, seen.series_uid, now, text)
-            self._supersede(db, seen, now)
+            supersede(db, seen.series_uid, seen.generation, on_superseded, now)
             for route, priority in routes:
                 db.execute(
                     t.jobs.insert().values(
@@ -104,22 +127,6 @@ class Jobs:
                 )
             return True
 
-    def _supersede(self, db: Connection, seen: OpenSeries, now: float) -> None:
-        """An earlier generation that has sent nothing yet gives way to this one."""
-        j = t.jobs.c
-        earlier = select(j.id, j.state).where(
-            j.series_uid == seen.series_uid, j.generation < seen.generation
-        )
-        for job, state in db.execute(earlier).all():
-            mine = t.deliveries.c.job == job
-            accepted = select(func.count()).select_from(t.acceptances.join(t.deliveries))
-            if db.execute(accepted.where(mine)).scalar_one():
-                text = "an earlier generation is already at a destination: both will be there"
-                note(db, seen.series_uid, now, text, job)
-            elif (State(state), Event.OVERTAKEN) in TRANSITIONS and state != State.TRANSLATING:
-                db.execute(t.deliveries.update().where(mine).values(state=Delivery.DISCARDED))
-                self._advance(db, job, Event.OVERTAKEN, now, f"by generation {seen.generation}")
-
     # jobs
 
     def claim(self, now: float) -> Job | None:
@@ -128,7 +135,7 @@ class Jobs:
         One that lost its worker is behind all that were queued then: it may be to blame.
         """
         j = t.jobs.c
-        columns = (j.id, j.series_uid, j.generation, j.route, j.attempts, j.created)
+        columns = (j.id, j.series_uid, j.generation, j.route, j.attempts, j.created, j.retracts)
         query = (
             select(*columns).where(j.state == State.QUEUED).order_by(j.priority, j.updated, j.id)
         )
@@ -136,38 +143,46 @@ class Jobs:
             row = db.execute(query.limit(1)).one_or_none()
             if row is None:
                 return None
-            self._advance(db, row.id, Event.CLAIMED, now, "")
+            why = "" if row.retracts is None else f"to withdraw what job {row.retracts} made"
+            advance(db, row.id, Event.CLAIMED, now, why)
             db.execute(t.jobs.update().where(j.id == row.id).values(attempts=row.attempts + 1))
-            return Job(
-                row.id, row.series_uid, row.generation, row.route, row.attempts + 1, row.created
-            )
+            return Job(**{**row._mapping, "attempts": row.attempts + 1})
 
-    def lost(self, job: Job, detail: str, now: float, *, crashed: bool) -> State:
-        """Its worker is gone: queue the job again, or park it after too many losses."""
+    def lost(
+        self, job: Job, detail: str, now: float, *, crashed: bool, code: str = "WORKER_LOST"
+    ) -> State:
+        """Its worker is gone, or had no room: queue the job again, or park it after too many."""
         j = t.jobs.c
         with self._db.write() as db:
             mine = t.jobs.update().where(j.id == job.id)
             change = mine.values(crashes=j.crashes + int(crashed)).returning(j.crashes)
             crashes = db.execute(change).scalar_one()
             if overtaken := self._overtaken(db, job):
-                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+                return advance(db, job.id, Event.OVERTAKEN, now, overtaken)
             event = _after_loss(job.attempts, crashes)
-            return self._advance(db, job.id, event, now, detail, "WORKER_LOST")
+            return advance(db, job.id, event, now, detail, code)
 
     def finish(
-        self, job: Job, event: Event, now: float, *, code: str = "", detail: str = ""
+        self,
+        job: Job,
+        event: Event,
+        now: float,
+        *,
+        code: str = "",
+        detail: str = "",
+        stacks: Sequence[Mapping[str, Any]] = (),
     ) -> State:
         """End a translation without anything to send."""
         with self._db.write() as db:
             if overtaken := self._overtaken(db, job):
-                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
-            return self._advance(db, job.id, event, now, detail, code)
+                return advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+            self._describe(db, job, stacks, now)
+            return advance(db, job.id, event, now, detail, code)
 
     def derived(
         self,
         job: Job,
-        derived_uid: str,
-        instances: Sequence[tuple[str, str]],
+        outputs: Sequence[Output],
         destinations: Sequence[str],
         findings: Mapping[str, Any],
         event: Event,
@@ -175,81 +190,95 @@ class Jobs:
         *,
         code: str = "",
         detail: str = "",
+        stacks: Sequence[Mapping[str, Any]] = (),
     ) -> State:
-        """Record what a translation made, as (SOP Instance UID, SOP Class UID), and queue it.
+        """Record what a job made, in the order of sending, and queue it for delivery.
 
         A job of an overtaken generation is superseded instead: never two valid results.
         """
         with self._db.write() as db:
             if overtaken := self._overtaken(db, job):
-                return self._advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+                return advance(db, job.id, Event.OVERTAKEN, now, overtaken)
+            self._describe(db, job, stacks, now)
             db.execute(t.outputs.delete().where(t.outputs.c.job == job.id))  # of an earlier try
             rows = [
-                {"job": job.id, "sop_instance_uid": uid, "sop_class_uid": sop_class}
-                for uid, sop_class in instances
+                {"job": job.id, "position": position, **asdict(output)}
+                for position, output in enumerate(outputs)
             ]
             db.execute(t.outputs.insert(), rows)
-            db.execute(
-                t.jobs.update()
-                .where(t.jobs.c.id == job.id)
-                .values(derived_uid=derived_uid, findings=json.dumps(findings))
-            )
-            state = self._advance(db, job.id, event, now, detail, code)
-            if state is State.SENDING:
-                for name in destinations:
-                    db.execute(
-                        t.deliveries.insert().values(
-                            job=job.id,
-                            destination=name,
-                            state=Delivery.WAITING,
-                            created=now,
-                            due=now,
-                        )
-                    )
+            made = {"derived_uid": outputs[0].series_uid, "findings": json.dumps(findings)}
+            db.execute(t.jobs.update().where(t.jobs.c.id == job.id).values(made))
+            state = advance(db, job.id, event, now, detail, code)
+            if state is State.SENDING and destinations:
+                common = {"job": job.id, "state": Delivery.WAITING, "created": now, "due": now}
+                rows = [{**common, "destination": name} for name in destinations]
+                db.execute(t.deliveries.insert(), rows)
             return state
 
+    def _describe(
+        self, db: Connection, job: Job, stacks: Sequence[Mapping[str, Any]], now: float
+    ) -> None:
+        """What became of each stack of the series; its ``text`` goes to the timeline."""
+        said = json.dumps(list(stacks)) if stacks else None
+        db.execute(t.jobs.update().where(t.jobs.c.id == job.id).values(stacks=said))
+        for stack in stacks:
+            note(db, job.series_uid, now, stack["text"], job.id)
+
     def _overtaken(self, db: Connection, job: Job) -> str:
-        """By which later generation of its series, in words; empty: it is the current one."""
+        """By which later generation of its series, in words; empty: it is the current one.
+
+        What withdraws an earlier result is never overtaken.
+        """
         s = t.series.c
         current = db.execute(select(s.generation).where(s.series_uid == job.series_uid))
         generation = current.scalar_one()
-        return "" if generation == job.generation else f"by generation {generation}"
+        now_current = job.retracts is not None or generation == job.generation
+        return "" if now_current else f"by generation {generation}"
 
-    def _advance(
-        self, db: Connection, job: int, event: Event, now: float, detail: str, code: str = ""
-    ) -> State:
-        row = db.execute(
-            select(t.jobs.c.state, t.jobs.c.series_uid).where(t.jobs.c.id == job)
-        ).one_or_none()
-        if row is None:
-            raise JournalError(f"there is no job {job}")
-        state = after(State(row.state), event)
-        change = {"state": state, "updated": now, "code": code, "detail": detail}
-        db.execute(t.jobs.update().where(t.jobs.c.id == job).values(change))
-        words = ": ".join(part for part in (f"job {job} {state}", code, detail) if part)
-        note(db, row.series_uid, now, words, job)
-        return state
+    def outputs(self, job: int) -> list[Output]:
+        """What a job made, in the order of sending."""
+        return [Output(*row) for row in self._db.read(_outputs_of(job))]
+
+    def withdrawn(self, series_uid: str) -> frozenset[str]:
+        """Derived SeriesInstanceUIDs of a source series that must not be used again."""
+        return frozenset(uid for (uid,) in self._db.read(withdrawn(series_uid)))
 
     # deliveries
 
     def due_deliveries(self, now: float) -> list[DueDelivery]:
+        """What may be sent now, the most urgent first.
+
+        Nothing goes where an earlier generation of the same series is still to be withdrawn.
+        """
         d, j = t.deliveries.c, t.jobs.c
+        columns = (d.id, d.job, j.series_uid, d.destination, d.attempts, d.created, d.begun)
         query = (
-            select(d.id, d.job, j.series_uid, j.derived_uid, d.destination, d.attempts, d.created)
+            select(*columns, j.retracts)
             .join_from(t.deliveries, t.jobs, d.job == j.id)
-            .where(d.state == Delivery.WAITING, d.due <= now, j.state == State.SENDING)
+            .where(d.state == Delivery.WAITING, t.is_due(d.due, now), j.state == State.SENDING)
+            .where(~waits_for_withdrawal())
             .order_by(j.priority, d.due)
         )
         rows = self._db.read(query)
         return [
-            DueDelivery(**row._mapping, remaining=self._remaining(row.id, row.job)) for row in rows
+            DueDelivery(**row._mapping, outputs=self._remaining(row.id, row.job)) for row in rows
         ]
 
-    def _remaining(self, delivery: int, job: int) -> tuple[str, ...]:
-        o, a = t.outputs.c, t.acceptances.c
+    def _remaining(self, delivery: int, job: int) -> tuple[Output, ...]:
+        a = t.acceptances.c
         accepted = select(a.sop_instance_uid).where(a.delivery == delivery)
-        query = select(o.sop_instance_uid).where(o.job == job, o.sop_instance_uid.not_in(accepted))
-        return tuple(uid for (uid,) in self._db.read(query))
+        query = _outputs_of(job).where(t.outputs.c.sop_instance_uid.not_in(accepted))
+        return tuple(Output(*row) for row in self._db.read(query))
+
+    def begin(self, delivery: int) -> bool:
+        """Note that a delivery is about to be sent; False: it was given up, do not.
+
+        From here on the destination may have some of it, whatever is heard of it again.
+        """
+        mine = t.deliveries.c.id == delivery, t.deliveries.c.state == Delivery.WAITING
+        with self._db.write() as db:
+            begun = db.execute(t.deliveries.update().where(*mine).values(begun=True))
+            return bool(begun.rowcount)
 
     def accepted(self, delivery: int, statuses: Mapping[str, int], now: float) -> None:
         """Note instances that the destination has, by SOP Instance UID and response status."""
@@ -274,13 +303,19 @@ class Jobs:
             self._move(db, delivery.id, "accepted", detail, now)
             self._finish_if_delivered(db, delivery.job, now)
 
-    def postpone(self, delivery: DueDelivery, until: float, detail: str, now: float) -> None:
-        """Try again at `until`; nothing happens if the delivery was given up meanwhile."""
+    def postpone(
+        self, delivery: DueDelivery, until: float, detail: str, now: float, *, sent: bool = True
+    ) -> None:
+        """Try again at `until`; nothing happens if the delivery was given up meanwhile.
+
+        `sent`: whether the destination may have got something in this attempt.
+        """
+        begun = sent or delivery.begun
         with self._db.write() as db:
             waiting = db.execute(
                 t.deliveries.update()
                 .where(t.deliveries.c.id == delivery.id, t.deliveries.c.state == Delivery.WAITING)
-                .values(attempts=t.deliveries.c.attempts + 1, due=until, detail=detail)
+                .values(attempts=t.deliveries.c.attempts + 1, due=until, detail=detail, begun=begun)
             )
             if waiting.rowcount:
                 text = f"delivery {delivery.id} to {delivery.destination} put off: {detail}"
@@ -314,7 +349,7 @@ class Jobs:
             t.deliveries.c.state.in_((Delivery.WAITING, Delivery.PARKED)),
         )
         if db.execute(left).scalar_one() == 0:
-            self._advance(db, job, Event.DELIVERED, now, "")
+            advance(db, job, Event.DELIVERED, now, "")
 
     # the operator
 
@@ -328,7 +363,7 @@ class Jobs:
 
     def retry_job(self, job: int, now: float) -> None:
         with self._db.write() as db:
-            self._advance(db, job, Event.RETRIED, now, "by the operator")
+            advance(db, job, Event.RETRIED, now, "by the operator")
             db.execute(t.jobs.update().where(t.jobs.c.id == job).values(attempts=0, crashes=0))
 
     def retry_delivery(self, delivery: int, now: float) -> None:
@@ -339,13 +374,19 @@ class Jobs:
         """Give a job up for good, its waiting deliveries with it."""
         d = t.deliveries.c
         with self._db.write() as db:
-            self._advance(db, job, Event.DROPPED, now, why)
+            advance(db, job, Event.DROPPED, now, why)
             owed = d.state.in_((Delivery.WAITING, Delivery.PARKED))
             db.execute(
                 t.deliveries.update()
                 .where(d.job == job, owed)
                 .values(state=Delivery.DISCARDED, detail=why)
             )
+
+
+def _outputs_of(job: int) -> Select[tuple[str, str, str]]:
+    o = t.outputs.c
+    columns = select(o.series_uid, o.sop_instance_uid, o.sop_class_uid)
+    return columns.where(o.job == job).order_by(o.position, o.sop_instance_uid)
 
 
 def _after_loss(attempts: int, crashes: int) -> Event:

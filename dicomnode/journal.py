@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, case, select
+from sqlalchemy import BindParameter, Connection, Float, bindparam, case, select
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import tables as t
+from dicomnode.errors import DuplicateInstance
 from dicomnode.tables import Database, note
 
 
@@ -54,13 +55,11 @@ class Journal:
     # associations
 
     def begin_association(self, calling_ae: str, called_ae: str, host: str, now: float) -> int:
-        with self._db.write() as db:
-            row = db.execute(
-                t.associations.insert()
-                .values(calling_ae=calling_ae, called_ae=called_ae, host=host, started=now)
-                .returning(t.associations.c.id)
-            )
-            return int(row.scalar_one())
+        row = t.associations.insert().values(
+            calling_ae=calling_ae, called_ae=called_ae, host=host, started=now
+        )
+        number = row.returning(t.associations.c.id)
+        return self._db.commit(lambda db: int(db.execute(number).scalar_one()))
 
     def end_association(self, association: int, how: str, now: float) -> None:
         """`how`: released or aborted. A release says that the sender had sent all it wanted."""
@@ -106,15 +105,16 @@ class Journal:
 
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:
         """The series, digest and purged flag of a stored instance, or None."""
-        i = t.instances.c
-        query = select(i.series_uid, i.sha256, i.purged)
-        rows = self._db.read(query.where(i.sop_instance_uid == sop_instance_uid))
+        rows = self._db.read(_KNOWN, {"uid": sop_instance_uid})
         return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
 
     def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
         """Note one stored instance; False if it was known. Late ones open a new generation.
 
         `late`: what `series.on_late_instances` says about instances after completion.
+
+        Raises:
+            DuplicateInstance: its SOP Instance UID is that of another instance.
         """
         values = {
             "sop_instance_uid": arrival.sop_instance_uid,
@@ -131,11 +131,15 @@ class Journal:
         }
 
         def change(db: Connection) -> bool:
-            new = db.execute(insert(t.instances).values(values).on_conflict_do_nothing())
+            new = db.execute(_RECORD, values)
             if new.rowcount:
                 self._open_series(db, arrival, now, late)
                 return True
-            mine = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
+            i = t.instances.c
+            mine = i.sop_instance_uid == arrival.sop_instance_uid
+            known = db.execute(select(i.series_uid, i.sha256).where(mine)).one()
+            if tuple(known) != (arrival.series_uid, arrival.sha256):
+                raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
             db.execute(t.instances.update().where(mine).values(purged=False))
             self._touch(db, arrival, now)
             return False
@@ -143,17 +147,15 @@ class Journal:
         return self._db.commit(change)
 
     def _touch(self, db: Connection, arrival: Arrival, now: float) -> None:
-        """A repeat keeps an open series waiting; the sender is still busy with it."""
+        """A repeat keeps an open series waiting, and the files of a closed one for their time."""
         mine = t.series.c.series_uid == arrival.series_uid
-        db.execute(t.series.update().where(mine, t.series.c.open).values(last_received=_later(now)))
+        db.execute(t.series.update().where(mine).values(last_received=_later(now)))
         if arrival.association is not None:
             same = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
             db.execute(t.instances.update().where(same).values(association=arrival.association))
 
     def _open_series(self, db: Connection, arrival: Arrival, now: float, late: str) -> None:
-        s = t.series.c
-        columns = select(s.open, s.generation)
-        row = db.execute(columns.where(s.series_uid == arrival.series_uid)).one_or_none()
+        row = db.execute(_SERIES, {"uid": arrival.series_uid}).one_or_none()
         if row is None:
             db.execute(
                 t.series.insert().values(
@@ -169,15 +171,18 @@ class Journal:
             )
             note(db, arrival.series_uid, now, f"first instance from {arrival.calling_ae}")
             return
-        change: dict[str, Any] = {"last_received": _later(now)}
-        if not row.open and late == "regenerate":
-            change |= {"open": True, "generation": row.generation + 1, "outcome": ""}
+        db.execute(_ARRIVED, {"uid": arrival.series_uid, "now": now})
+        if row.open:
+            return
+        if late == "regenerate":
+            change = {"open": True, "generation": row.generation + 1, "outcome": ""}
+            mine = t.series.c.series_uid == arrival.series_uid
+            db.execute(t.series.update().where(mine).values(change))
             text = f"late instances: open again as generation {row.generation + 1}"
             note(db, arrival.series_uid, now, text)
-        elif not row.open:
+        else:
             text = f"late instance {arrival.sop_instance_uid} stored, not translated (hold)"
             note(db, arrival.series_uid, now, text)
-        db.execute(t.series.update().where(s.series_uid == arrival.series_uid).values(change))
 
     def record_conflict(self, arrival: Arrival, now: float) -> None:
         with self._db.write() as db:
@@ -215,7 +220,22 @@ class Journal:
         return [OpenSeries(*row) for row in self._db.read(query)]
 
 
-def _later(now: float) -> Any:
+def _later(now: float | BindParameter[float]) -> Any:
     """`now`, or a moment after what is recorded: `close_series` must notice every arrival."""
     recorded = t.series.c.last_received
     return case((recorded < now, now), else_=recorded + 1e-6)
+
+
+# What is asked and said for every instance, made once: making a statement takes longer than SQLite
+_KNOWN = select(t.instances.c.series_uid, t.instances.c.sha256, t.instances.c.purged).where(
+    t.instances.c.sop_instance_uid == bindparam("uid")
+)
+_RECORD = insert(t.instances).on_conflict_do_nothing()
+_SERIES = select(t.series.c.open, t.series.c.generation).where(
+    t.series.c.series_uid == bindparam("uid")
+)
+_ARRIVED = (
+    t.series.update()
+    .where(t.series.c.series_uid == bindparam("uid"))
+    .values(last_received=_later(bindparam("now", type_=Float)))
+)

@@ -1,8 +1,9 @@
 """The life cycles of jobs and deliveries, as literal tables, and how much each state still owes.
 
 A series is only open (instances may come) or closed; its generation counts how often it closed
-with more instances. Everything else is a job, one per route that matched, and a delivery, one per
-destination of a job. Nothing else ever changes a state: `after` raises for what is not here.
+with more instances. Everything else is a job, one per route that matched or per earlier result to
+be withdrawn, and a delivery, one per destination of a job. Nothing else ever changes a state:
+`after` raises for what is not here.
 """
 
 from enum import StrEnum
@@ -58,8 +59,9 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.TRANSLATING, Event.GAVE_UP): State.FAILED,  # lost too many workers
     (State.TRANSLATING, Event.OVERTAKEN): State.SUPERSEDED,
     (State.SENDING, Event.DELIVERED): State.DONE,
-    (State.SENDING, Event.OVERTAKEN): State.SUPERSEDED,  # before anything was sent
+    (State.SENDING, Event.OVERTAKEN): State.SUPERSEDED,  # what was sent is withdrawn
     (State.SENDING, Event.DROPPED): State.DISCARDED,
+    (State.DONE, Event.OVERTAKEN): State.SUPERSEDED,  # what was sent is withdrawn
     (State.HELD, Event.RETRIED): State.QUEUED,
     (State.HELD, Event.OVERTAKEN): State.SUPERSEDED,
     (State.HELD, Event.DROPPED): State.DISCARDED,
@@ -72,7 +74,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 FINAL = frozenset({State.DONE, State.SUPERSEDED, State.DISCARDED})
-"""Nothing more happens, unless the operator sends the series again."""
+"""Nothing more is owed, unless late instances supersede what is done."""
 
 
 class Delivery(StrEnum):
@@ -116,3 +118,11 @@ def delivery_after(state: Delivery, event: str) -> Delivery:
         return DELIVERY_TRANSITIONS[state, event]
     except KeyError:
         raise JournalError(f"a delivery that is {state} cannot be {event}") from None
+
+
+ACCEPTED = (0x0000, 0x0111, 0xB000, 0xB006, 0xB007)
+"""C-STORE response statuses with which a destination has an instance (PS3.4 B.2.3, PS3.7 C.5.6).
+
+Success, already there, and stored with a remark: coercion, elements discarded, does not match SOP
+class.
+"""

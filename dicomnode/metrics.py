@@ -17,6 +17,9 @@ series_completed = Counter(
 )
 jobs_by_state = Gauge("dicomnode_jobs", "Jobs in the journal by state", ["state"])
 deliveries_by_state = Gauge("dicomnode_deliveries", "Deliveries in the journal by state", ["state"])
+commitments_by_state = Gauge(
+    "dicomnode_commitments", "Storage commitments asked of us, by state", ["state"]
+)
 translation_seconds = Histogram(
     "dicomnode_translation_seconds",
     "From claimed job to derived series on disk",

@@ -21,7 +21,7 @@ from dicomnode import normalized as n
 from dicomnode import tables as t
 from dicomnode.errors import OperationRefused
 from dicomnode.normalized import Answer, answer, items_of, valid_uid
-from dicomnode.series import MALFORMED
+from dicomnode.part10 import MALFORMED
 from dicomnode.tables import Database, note
 
 log = logging.getLogger(__name__)

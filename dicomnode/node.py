@@ -8,6 +8,7 @@ thread keep_house      retention
 thread http            health, metrics, status
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -15,20 +16,23 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO
 
 from dicomnode import __version__, metrics
 from dicomnode.commitment import Commitments
 from dicomnode.completion import Completion
-from dicomnode.config import NodeConfig
-from dicomnode.errors import ConfigError, PackageError, WorkerLost
+from dicomnode.config import NodeConfig, Route
+from dicomnode.errors import ConfigError, JournalBusy, OutOfResources, PackageError, WorkerLost
 from dicomnode.history import History
 from dicomnode.imaging.package import ModelPackage, read_package
-from dicomnode.jobs import Job, Jobs
+from dicomnode.jobs import Job, Jobs, Output
 from dicomnode.journal import Journal
 from dicomnode.lifecycle import Event
 from dicomnode.mpps import PerformedSteps
+from dicomnode.orders import Order, Outcome, Withdrawal, stacks_as_data
 from dicomnode.outbox import Outbox
 from dicomnode.retention import purge
 from dicomnode.scp import LibraryService, StorageScp, adopt
@@ -36,7 +40,7 @@ from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.web.server import Pages, WebServer
-from dicomnode.worker import Order, Outcome, Worker
+from dicomnode.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,9 @@ _TICK_SECONDS = 0.2
 """Between looks at what changes with the clock, while there is something to look at."""
 _IDLE_SECONDS = 1.0
 """Between looks when nothing is under way: an operator's retry comes through the journal."""
+_NO_ROOM_SECONDS = 10.0
+"""Before the next translation when a result found no room on the disk."""
+_UNEXPECTED = "unexpected; traceback in the log"
 _HOUSEKEEPING_SECONDS = 60.0
 _NAMES_SECONDS = 5.0
 
@@ -92,7 +99,6 @@ class Node:
             OSError: a port is in use or an address is not ours.
         """
         self._recover()
-        self._completion.started = time.time()
         self._web.start()
         steps = (
             self.complete_series,
@@ -137,8 +143,8 @@ class Node:
     def reasons_not_ready(self) -> list[str]:
         """Why this node cannot do its whole job now; empty: it can."""
         reasons = [] if self._scp.listening else ["the Storage SCP does not listen"]
-        if not self._spool.has_room():
-            reasons.append("free space is below node.reserve_free_gb")
+        if trouble := self._spool.trouble():
+            reasons.append(trouble)
         if self._worker_state:
             reasons.append(self._worker_state)
         return reasons
@@ -147,7 +153,7 @@ class Node:
 
     def complete_series(self) -> None:
         """Close every open series that is complete, and queue a job for each route it takes."""
-        judged, closed = self._completion.step(time.time())
+        judged, closed = self._completion.step(time.time(), time.monotonic())
         if closed:
             self._queued.set()
         self._stop.wait(_TICK_SECONDS if judged else 2 * _TICK_SECONDS)
@@ -161,9 +167,7 @@ class Node:
                 self._translate(worker, job)
             except Exception as error:  # a job must not stay "translating" whatever breaks
                 log.exception("job %d broke", job.id)
-                detail = "unexpected; traceback in the log"
-                code = type(error).__name__
-                self._jobs.finish(job, Event.BROKE, time.time(), code=code, detail=detail)
+                self._finish(job, Event.BROKE, type(error).__name__, _UNEXPECTED)
             self._due.set()
             if self._stop.is_set() or self._worker is not worker:
                 return
@@ -178,7 +182,9 @@ class Node:
             return None
         try:
             if self._worker is None:
-                self._worker = Worker(self._packages, self._config.device, 0)
+                config = self._config
+                compiled = config.node.data_dir / "compiled"
+                self._worker = Worker(self._packages, config.device, 0, config.precision, compiled)
             ready = self._worker.wait_ready(_TICK_SECONDS)
         except WorkerLost as error:
             self._lost(str(error))
@@ -195,52 +201,96 @@ class Node:
         self._stop.wait(1.0)
 
     def _translate(self, worker: Worker, job: Job) -> None:
-        route = next((r for r in self._config.routes if r.name == job.route), None)
-        if route is None:
-            text = "the route is no longer in config.yaml; discard the job or restore the route"
-            self._jobs.finish(job, Event.BROKE, time.time(), code="NO_ROUTE", detail=text)
-            return
         uids = self._journal.instance_uids(job.series_uid)
         files = tuple(self._spool.path(job.series_uid, uid) for uid in uids)
         if not all(path.exists() for path in files):
             text = "the received files were deleted (retention); send the series again"
-            self._jobs.finish(job, Event.BROKE, time.time(), code="SOURCE_GONE", detail=text)
+            self._finish(job, Event.BROKE, "SOURCE_GONE", text)
             return
-        now = datetime.fromtimestamp(job.created, UTC)
+        order = self._order(job, files)
+        if order is None:
+            text = "the route is no longer in config.yaml; discard the job or restore the route"
+            self._finish(job, Event.BROKE, "NO_ROUTE", text)
+            return
         began = time.monotonic()
         try:
-            outcome = worker.translate(Order.of(route, files, self._spool.results, now))
+            outcome = worker.translate(order)
         except WorkerLost as error:
             self._lost(str(error))
-            self._jobs.lost(job, str(error), time.time(), crashed=error.crashed)
+            self._again(job, str(error), "WORKER_LOST", crashed=error.crashed)
             return
-        metrics.translation_seconds.labels(route.name).observe(time.monotonic() - began)
-        self._journal_outcome(job, outcome)
+        if isinstance(order, Order):
+            metrics.translation_seconds.labels(job.route).observe(time.monotonic() - began)
+        if outcome.broken == OutOfResources.__name__:
+            self._again(job, outcome.detail, "OUT_OF_RESOURCES", crashed=False)
+            self._stop.wait(_NO_ROOM_SECONDS)
+            return
+        self._until_journalled(lambda: self._journal_outcome(job, outcome))
+
+    def _order(self, job: Job, files: tuple[Path, ...]) -> Order | Withdrawal | None:
+        """What the worker is to do; None: the route of a translation is gone."""
+        route = self._route(job)
+        now = datetime.fromtimestamp(job.created, UTC)
+        results = self._spool.results
+        if job.retracts is not None:
+            made = tuple(astuple(output) for output in self._jobs.outputs(job.retracts))
+            return Withdrawal(route.model if route else "", made, files[0], results, now)
+        if route is None:
+            return None
+        withdrawn = self._jobs.withdrawn(job.series_uid)
+        return Order.of(route, files, results, now, withdrawn)
+
+    def _route(self, job: Job) -> Route | None:
+        return next((route for route in self._config.routes if route.name == job.route), None)
+
+    def _finish(self, job: Job, event: Event, code: str, detail: str) -> None:
+        self._until_journalled(
+            lambda: self._jobs.finish(job, event, time.time(), code=code, detail=detail)
+        )
+
+    def _again(self, job: Job, detail: str, code: str, *, crashed: bool) -> None:
+        self._until_journalled(
+            lambda: self._jobs.lost(job, detail, time.time(), crashed=crashed, code=code)
+        )
+
+    def _until_journalled(self, change: Callable[[], object]) -> None:
+        """Make a change when the journal takes it; after a stop the job runs again anyway."""
+        while True:
+            try:
+                change()
+                return
+            except JournalBusy as error:
+                log.error("%s; again in %g s", error, _IDLE_SECONDS)
+                if self._stop.wait(_IDLE_SECONDS):
+                    return
 
     def _journal_outcome(self, job: Job, outcome: Outcome) -> None:
         now = time.time()
+        stacks = stacks_as_data(outcome)
         if outcome.refusal or outcome.broken:
             event = Event.UNFIT if outcome.refusal else Event.BROKE
             code = outcome.refusal or outcome.broken
-            self._jobs.finish(job, event, now, code=code, detail=outcome.detail)
+            self._jobs.finish(job, event, now, code=code, detail=outcome.detail, stacks=stacks)
             return
-        route = next(r for r in self._config.routes if r.name == job.route)
-        destinations = () if route.shadow else route.send_to
+        route = self._route(job)
+        shown = job.retracts is None and route is not None and not route.shadow
+        destinations = route.send_to if shown and route is not None else ()
         event, code = Event.DERIVED, ""
         if not outcome.plausible:
             event, code = Event.IMPLAUSIBLE, "QA_FAILED"
-        elif not destinations:
+        elif job.retracts is None and not destinations:
             event = Event.NOTHING_TO_SEND
+        outputs = [Output(one.uid, *made) for one in outcome.series for made in one.files()]
         self._jobs.derived(
             job,
-            outcome.derived_uid,
-            outcome.instances,
+            outputs,
             destinations,
             outcome.findings,
             event,
             now,
             code=code,
             detail=outcome.detail,
+            stacks=stacks,
         )
 
     def deliver_due(self) -> None:
@@ -271,12 +321,14 @@ class Node:
         for gauge, name in (
             (metrics.jobs_by_state, "jobs"),
             (metrics.deliveries_by_state, "deliveries"),
+            (metrics.commitments_by_state, "commitments"),
         ):
             gauge.clear()
             for state, number in counts[name].items():
                 gauge.labels(state).set(number)
         metrics.associations_open.set(self._scp.associations)
-        metrics.free_bytes.set(self._spool.free_bytes())
+        with contextlib.suppress(OSError):  # readyz says that the folder is gone
+            metrics.free_bytes.set(self._spool.free_bytes())
 
     def _recover(self) -> None:
         """Bring files and rows together again after a crash."""
@@ -293,6 +345,9 @@ class Node:
         while not self._stop.is_set():
             try:
                 step()
+            except JournalBusy as error:
+                log.error("%s: %s; again in %g s", step.__name__, error, _IDLE_SECONDS)
+                self._stop.wait(_IDLE_SECONDS)
             except Exception:  # a thread that dies silently stops the node without a sign
                 log.exception("unexpected error in %s", step.__name__)
                 self._stop.wait(_IDLE_SECONDS)

@@ -7,7 +7,7 @@ from typing import Any
 from pydicom import Dataset
 from sqlalchemy.exc import OperationalError
 
-from dicomnode.errors import CannotUnderstand, OperationRefused
+from dicomnode.errors import CannotUnderstand, JournalBusy, OperationRefused
 from dicomnode.spool import checked_uid
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def answer(what: str, serve: Callable[[], Dataset | None]) -> Answer:
         if refusal.error_id is not None:
             status.ErrorID = refusal.error_id
         log.warning("answered %s with 0x%04X: %s", what, refusal.status, refusal)
-    except OperationalError:
+    except (JournalBusy, OperationalError):
         status.Status = RESOURCE_LIMITATION
         status.ErrorComment = "the journal cannot be written now; try again"
         log.exception("answered %s with 0x%04X", what, RESOURCE_LIMITATION)
@@ -55,5 +55,5 @@ def valid_uid(value: object, keyword: str, status: int) -> str:
 
 
 def items_of(dataset: Dataset, keyword: str) -> Sequence[Any]:
-    """The items of a sequence; none if absent or empty. May raise any of `series.MALFORMED`."""
+    """The items of a sequence; none if absent or empty. May raise any of `part10.MALFORMED`."""
     return dataset.get(keyword) or ()

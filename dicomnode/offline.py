@@ -1,24 +1,45 @@
 """A folder of DICOM without a network: which series are there, what would become of them, `run`."""
 
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
-
 from dicomnode.config import NodeConfig, Route
-from dicomnode.errors import PackageError, SeriesRefused
+from dicomnode.errors import CannotUnderstand, PackageError, SeriesRefused
 from dicomnode.imaging.marks import is_synthetic
-from dicomnode.imaging.package import ModelPackage, read_package
-from dicomnode.imaging.volume import Volume
+from dicomnode.imaging.package import read_package
+from dicomnode.imaging.stacks import split_stacks, usable_stacks
+from dicomnode.orders import Order, Outcome
+from dicomnode.part10 import MALFORMED, read_header, read_instances
 from dicomnode.routing import Decision, decide, keywords_of
 from dicomnode.series import ARRIVAL_KEYWORDS, common_header, missing_slices, plane_of, read_headers
-from dicomnode.worker import Order, Outcome, load_models, translate
+from dicomnode.worker import load_models, translate
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedStack:
+    """One stack of a series, by its headers alone."""
+
+    rule: str
+    """What tells it from the others; empty: there are no others."""
+    modality: str
+    slices: int
+    step_mm: float
+    tilt_degrees: float
+    """Of the stack's axis from the slice normal; 0 unless sheared."""
+    refusal: str = ""
+    """Code and sentence; empty: nothing in the headers is against it."""
+
+    def __str__(self) -> str:
+        words = [f"{self.slices} {self.modality} slices"]
+        if self.step_mm:
+            words.append(f"{self.step_mm:g} mm apart")
+        if self.tilt_degrees:
+            words.append(f"sheared by {self.tilt_degrees:.1f} degrees")
+        which = f"stack ({self.rule})" if self.rule else "one stack"
+        return f"{which}: {', '.join(words)}{f': {self.refusal}' if self.refusal else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +51,12 @@ class Explained:
     missing: int
     """Slices that are missing between those that are there."""
     decisions: list[Decision]
+    stacks: list[ExplainedStack]
+    """What could become a derived series each."""
+    ignored: dict[str, int]
+    """Instances, or frames, that are no slice: how many, by code."""
+    refusal: str = ""
+    """Code and sentence if no stack can be made at all."""
 
 
 def find_series(paths: Iterable[Path]) -> tuple[dict[str, list[Path]], int]:
@@ -38,9 +65,9 @@ def find_series(paths: Iterable[Path]) -> tuple[dict[str, list[Path]], int]:
     others = 0
     for path in _files(paths):
         try:
-            header = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            header = read_header(path, [0x0020000E])
             uid = str(header.get("SeriesInstanceUID") or "")
-        except (InvalidDicomError, EOFError, ValueError, KeyError, OSError):
+        except (CannotUnderstand, *MALFORMED):
             uid = ""
         if uid:
             found[uid].append(path)
@@ -64,7 +91,28 @@ def _explain(series_uid: str, files: Sequence[Path], config: NodeConfig) -> Expl
     facts: dict[str, str | float] = {"Instances": float(len(files))}
     header = common_header(headers, keywords, facts)
     decisions = decide(header, config.routes, any(map(is_synthetic, headers)))
-    return Explained(series_uid, len(files), missing_slices(map(plane_of, headers)), decisions)
+    missing = missing_slices(map(plane_of, headers))
+    stacks, ignored, refusal = _stacks(files)
+    return Explained(series_uid, len(files), missing, decisions, stacks, ignored, refusal)
+
+
+def _stacks(files: Sequence[Path]) -> tuple[list[ExplainedStack], dict[str, int], str]:
+    """The stacks of a series, what is no slice by its code, and why there are none."""
+    try:
+        headers = read_instances(files, pixels=False)
+        ignored = Counter(item.code for item in split_stacks(headers).ignored)
+        split = usable_stacks(headers)
+    except SeriesRefused as refusal:
+        return [], {}, f"{refusal.code}: {refusal.message}; {refusal.remedy}"
+    stacks = []
+    for stack in split.stacks:
+        why = stack.refusal
+        words = "" if why is None else f"{why.code}: {why.message}; {why.remedy}"
+        tilt = stack.tilt_degrees if stack.sheared else 0.0
+        step = round(stack.step_mm, 3)
+        count = len(stack.datasets)
+        stacks.append(ExplainedStack(stack.rule, stack.modality, count, step, tilt, words))
+    return stacks, dict(sorted(ignored.items())), ""
 
 
 def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dict[str, Outcome]:
@@ -77,7 +125,7 @@ def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dic
         PackageError: the model cannot be used.
     """
     package = read_package(config.models_dir / model)
-    models, failures, _ = load_models({model: package}, config.device, 0)
+    models, failures, _ = load_models({model: package}, config.device, 0, config.precision)
     if failures:
         raise PackageError(failures[model])
     route = Route(name="offline", match={}, model=model, send_to=(), qa="flag")
@@ -94,29 +142,6 @@ def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dic
             order = Order.of(route, tuple(files), out, now)
             outcomes[uid] = translate(order, models, failures)
     return outcomes
-
-
-def bench(package: ModelPackage, device: str, slices: int = 8) -> tuple[str, float, float]:
-    """Seconds per 512x512 slice of a model: the device used, the median and the slowest.
-
-    Raises:
-        PackageError: the model cannot be used on `device`.
-    """
-    from dicomnode.imaging.inference import predict
-
-    models, failures, used = load_models({package.name: package}, device, 0)
-    if failures:
-        raise PackageError(failures[package.name])
-    rng = np.random.default_rng(1)
-    seconds = []
-    for _ in range(slices):
-        voxels = rng.normal(40, 40, (1, 512, 512)).astype(np.float32)
-        at, axes = np.zeros((1, 3)), np.array([1.0, 0, 0, 0, 1, 0])
-        plane = Volume(voxels, package.manifest.input.unit, at, axes, (2.5, 0.7, 0.7), "", None)
-        began = time.perf_counter()
-        predict(models[package.name], plane)
-        seconds.append(time.perf_counter() - began)
-    return used, float(np.median(seconds)), max(seconds)
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:

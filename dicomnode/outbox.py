@@ -4,6 +4,7 @@ Sending runs in a process of its own, the courier, so that receiving is never sl
 instances a destination has not accepted yet are sent again, and always the stored bytes.
 """
 
+import contextlib
 import logging
 import random
 import threading
@@ -14,11 +15,19 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from dicomnode import metrics
+from dicomnode import metrics, sop_classes
 from dicomnode.child import Child
 from dicomnode.config import NodeConfig
-from dicomnode.errors import DeliveryError, DeliveryRefused, JournalError, WorkerLost
+from dicomnode.errors import (
+    DeliveryError,
+    DeliveryRefused,
+    JournalBusy,
+    JournalError,
+    NoAssociation,
+    WorkerLost,
+)
 from dicomnode.jobs import DueDelivery, Jobs
+from dicomnode.lifecycle import ACCEPTED
 from dicomnode.scu import Address, address_of, send_instances
 from dicomnode.spool import Spool
 
@@ -26,6 +35,8 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 600.0
+_BUSY_SECONDS = 1.0
+"""Before the journal is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +44,27 @@ class Parcel:
     """What the courier is told to send."""
 
     delivery: int
-    files: tuple[Path, ...]
+    series: tuple[tuple[Path, ...], ...]
+    """Files per derived series, with its companions: each over an association of its own."""
     address: Address
+    optional: frozenset[str] = sop_classes.COMPANIONS
+    """SOP classes that the destination need not take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the courier says of a parcel: instances accepted so far, and at its end how it went."""
+    """What the courier says of a parcel: instances accepted so far, and at its end how it went.
+
+    A companion that the destination refuses is among the statuses too, and never sent again.
+    """
 
     delivery: int
     statuses: Mapping[str, int]
     ended: str = ""
     """"" while it goes on; accepted, failed (may work later) or refused (will not)."""
     detail: str = ""
+    sent: bool = True
+    """False: for certain nothing of this attempt is at the destination."""
 
 
 def retry_wait(attempts: int, jitter: float) -> float:
@@ -80,13 +99,26 @@ class Outbox:
             if peer is None or address is None:
                 detail = f"peers.{delivery.destination} is no longer in the configuration"
                 self._jobs.park(delivery, detail, now)
-            elif running[delivery.destination] < peer.max_associations:
+                continue
+            free = running[delivery.destination] < peer.max_associations
+            if free and not self._overtakes(delivery) and self._jobs.begin(delivery.id):
                 self._start(delivery, address)
 
+    def _overtakes(self, delivery: DueDelivery) -> bool:
+        """Whether it withdraws what may still be on its way: nothing may come after it."""
+        with self._lock:
+            return delivery.retracts is not None and any(
+                (other.series_uid, other.destination) == (delivery.series_uid, delivery.destination)
+                for other in self._under_way.values()
+            )
+
     def _start(self, delivery: DueDelivery, address: Address) -> None:
-        files = tuple(
-            self._spool.result_path(delivery.derived_uid, uid) for uid in delivery.remaining
-        )
+        series: dict[str, list[Path]] = {}
+        for output in delivery.outputs:
+            path = self._spool.result_path(output.series_uid, output.sop_instance_uid)
+            series.setdefault(output.series_uid, []).append(path)
+        optional = sop_classes.COMPANIONS if delivery.retracts is None else frozenset[str]()
+        parcel = Parcel(delivery.id, tuple(map(tuple, series.values())), address, optional)
         with self._lock:
             self._under_way[delivery.id] = delivery
             if self._courier is None:
@@ -96,7 +128,7 @@ class Outbox:
                 ).start()
             courier = self._courier
         try:
-            courier.send(Parcel(delivery.id, files, address))
+            courier.send(parcel)
         except WorkerLost:
             log.warning("the courier is gone")  # its listener puts off what was under way
 
@@ -122,13 +154,25 @@ class Outbox:
             if delivery is None:
                 continue
             try:
-                self._note(receipt, delivery)
+                self._note_when_possible(receipt, delivery)
             except JournalError as error:  # the operator discarded it meanwhile
                 log.warning("delivery %d: %s", delivery.id, error)
             finally:
                 if receipt.ended:
                     with self._lock:
                         self._under_way.pop(receipt.delivery, None)
+
+    def _note_when_possible(self, receipt: Receipt, delivery: DueDelivery) -> None:
+        """What a destination has must be noted, however long the journal is locked."""
+        while True:
+            try:
+                self._note(receipt, delivery)
+                return
+            except JournalBusy as error:
+                log.error("%s; again in %g s", error, _BUSY_SECONDS)
+                time.sleep(_BUSY_SECONDS)
+                if self._courier is None:  # we stop; the next start asks the destination again
+                    return
 
     def _lost(self, courier: Child, detail: str) -> None:
         with self._lock:
@@ -139,17 +183,22 @@ class Outbox:
         log.error("the courier was lost: %s", detail)
         now = time.time()
         for delivery in cut.values():
-            self._jobs.postpone(delivery, now + retry_wait(0, random.random()), detail, now)  # noqa: S311
+            with contextlib.suppress(JournalBusy):  # then it is due at once
+                self._jobs.postpone(delivery, now + retry_wait(0, random.random()), detail, now)  # noqa: S311
 
     def _note(self, receipt: Receipt, delivery: DueDelivery) -> None:
         now = time.time()
         self._jobs.accepted(delivery.id, receipt.statuses, now)
-        count = metrics.instances_delivered.labels(delivery.destination, "accepted")
-        count.inc(len(receipt.statuses))
+        taken = sum(status in ACCEPTED for status in receipt.statuses.values())
+        counter = metrics.instances_delivered
+        counter.labels(delivery.destination, "accepted").inc(taken)
+        counter.labels(delivery.destination, "refused").inc(len(receipt.statuses) - taken)
         if not receipt.ended:
             return
         if receipt.ended == "accepted":
-            self._jobs.delivered(delivery, f"{len(delivery.remaining)} instances", now)
+            words = f"{len(delivery.remaining)} instances"
+            words += f", {receipt.detail}" if receipt.detail else ""
+            self._jobs.delivered(delivery, words, now)
         elif receipt.ended == "refused" or self._too_old(delivery, now):
             log.warning("delivery %d parked: %s", delivery.id, receipt.detail)
             self._jobs.park(delivery, receipt.detail, now)
@@ -157,7 +206,7 @@ class Outbox:
             wait = retry_wait(delivery.attempts, random.random())  # noqa: S311
             detail = f"{receipt.detail}; again in {wait:.0f} s"
             log.warning("delivery %d put off: %s", delivery.id, detail)
-            self._jobs.postpone(delivery, now + wait, detail, now)
+            self._jobs.postpone(delivery, now + wait, detail, now, sent=receipt.sent)
 
     def _too_old(self, delivery: DueDelivery, now: float) -> bool:
         hours = self._config.peers[delivery.destination].retry_for_hours
@@ -183,22 +232,29 @@ def run_courier(connection: Connection) -> None:
 def _deliver(parcel: Parcel, answer: Callable[[Receipt], None]) -> None:
     """Send one parcel; accepted instances are told in groups, the end in any case."""
     accepted: dict[str, int] = {}
+    refused: list[int] = []
 
     def on_status(sop_instance_uid: str, status: int) -> None:
         accepted[sop_instance_uid] = status
+        refused.extend([status] if status not in ACCEPTED else [])
         if len(accepted) >= 25:
             answer(Receipt(parcel.delivery, dict(accepted)))
             accepted.clear()
 
-    ended, detail = "accepted", ""
+    ended, detail, sent = "accepted", "", False
     try:
-        if parcel.files:
-            send_instances(parcel.files, parcel.address, on_status)
+        for files in parcel.series:
+            send_instances(files, parcel.address, on_status, parcel.optional)
+            sent = True
+        if refused:
+            detail = f"{len(refused)} companions of them refused with 0x{refused[0]:04X}"
     except DeliveryRefused as error:
         ended, detail = "refused", str(error)
-    except DeliveryError as error:
+    except NoAssociation as error:
         ended, detail = "failed", str(error)
+    except DeliveryError as error:
+        ended, detail, sent = "failed", str(error), True
     except Exception as error:  # the node must hear of every end
         log.exception("delivery %d broke", parcel.delivery)
-        ended, detail = "failed", f"{type(error).__name__}; traceback in the log"
-    answer(Receipt(parcel.delivery, accepted, ended, detail))
+        ended, detail, sent = "failed", f"{type(error).__name__}; traceback in the log", True
+    answer(Receipt(parcel.delivery, accepted, ended, detail, sent))

@@ -12,13 +12,16 @@ from pydicom import Dataset
 from pydicom.multival import MultiValue
 
 from dicomnode.errors import PackageError, SeriesRefused
+from dicomnode.imaging.intensity import Window
 from dicomnode.imaging.manifest import Bounds, Range
 from dicomnode.imaging.package import ModelPackage
 from dicomnode.imaging.volume import Volume
 
 _BODY_HU = -500.0
-MEASURED = ("mean_change", "abs_change_p999", "clipped_fraction")
+MEASURED = ("mean_change", "mean_abs_change", "abs_change_p999", "clipped_fraction")
 """What `assess` measures and a manifest may limit, as ``max_<name>``."""
+_CHANGES = MEASURED[:3]
+"""Of these there are none where the result has another unit than its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,27 +97,50 @@ def assess(source: Volume, prediction: Volume, package: ModelPackage) -> list[Fi
     """Measure a prediction against its source.
 
     Limits come from ``qa`` of the manifest: ``max_mean_change`` (of the body, in the output's
-    unit), ``max_clipped_fraction`` and ``max_abs_change_p999``. A limit on what is not measured
-    is a PackageError at load, so none is silently ignored.
+    unit), ``max_mean_abs_change``, ``max_abs_change_p999`` and ``max_clipped_fraction``.
+    A limit on what is not measured is a PackageError at load, so none is silently ignored.
     """
     limits = package.manifest.qa
     known = _body(source)
     change = prediction.voxels[known] - source.voxels[known]
     intensity = package.manifest.output.intensity
-    ends = (getattr(intensity, "low", -np.inf), getattr(intensity, "high", np.inf))
+    ends = (-np.inf, np.inf)
+    if isinstance(intensity, Window):
+        ends = (intensity.low, intensity.high)
     clipped = (prediction.voxels[known] <= ends[0]) | (prediction.voxels[known] >= ends[1])
     measured = {
         "finite": float(np.isfinite(prediction.voxels).all()),
         "mean_change": float(abs(change.mean())) if change.size else 0.0,
+        "mean_abs_change": float(np.abs(change).mean()) if change.size else 0.0,
         "abs_change_p999": float(np.percentile(np.abs(change), 99.9)) if change.size else 0.0,
         "clipped_fraction": float(clipped.mean()) if change.size else 0.0,
     }
     findings = [Finding("finite", measured["finite"], 1.0, measured["finite"] == 1.0)]
-    for name in MEASURED:
+    for name in _measured(package):
         limit = limits.get(f"max_{name}")
         value = measured[name]
         findings.append(Finding(name, value, limit, limit is None or value <= limit))
     return findings
+
+
+def _measured(package: ModelPackage) -> tuple[str, ...]:
+    manifest = package.manifest
+    same_unit = manifest.input.unit == manifest.output.unit
+    return tuple(name for name in MEASURED if same_unit or name not in _CHANGES)
+
+
+def observations(source: Volume, ignored: int) -> list[Finding]:
+    """What a reader should know of the source, and no limit holds; only what there is to tell.
+
+    Args:
+        ignored: instances of the series that are no slice of any stack.
+    """
+    told = {
+        "left_out_slices": float(len(source.left_out)),
+        "ignored_instances": float(ignored),
+        "tilt_degrees": source.tilt_degrees if source.sheared else 0.0,
+    }
+    return [Finding(name, value, None, ok=True) for name, value in told.items() if value]
 
 
 def findings_as_data(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -149,7 +175,12 @@ def check_limits(package: ModelPackage) -> None:
     """A limit on something that is not measured would never be held: refuse it.
 
     Raises:
-        PackageError: the manifest's ``qa`` names an unknown limit.
+        PackageError: the manifest's ``qa`` names an unknown limit, or one of a change between two
+            units.
     """
-    if unknown := sorted(set(package.manifest.qa) - {f"max_{name}" for name in MEASURED}):
-        raise PackageError(f"{package.name}: manifest.qa: unknown limits {', '.join(unknown)}")
+    measured = {f"max_{name}" for name in _measured(package)}
+    if unknown := sorted(set(package.manifest.qa) - measured):
+        raise PackageError(
+            f"{package.name}: manifest.qa: nothing measures {', '.join(unknown)}; "
+            f"known: {', '.join(sorted(measured))}"
+        )

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
-from dicomnode.config import Condition, Route
+from dicomnode.conditions import Condition
+from dicomnode.config import Route
 from dicomnode.imaging.marks import MARK_KEYWORDS
 from dicomnode.series import Header
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from pynetdicom import AE, evt
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,7 +33,8 @@ from dicomnode.errors import (
 from dicomnode.expected import EXPECTED_KEYWORDS, expected_values
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
-from dicomnode.series import ARRIVAL_KEYWORDS, MALFORMED, Carriers, plane_of
+from dicomnode.part10 import MALFORMED, read_header
+from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
 from dicomnode.spool import Spool, checked_uid, dataset_digest
 from dicomnode.upper_layer import (
     Identity,
@@ -167,8 +168,11 @@ class StorageScp:
         self.access.leave(opened.admission)
         if opened.number is not None:
             now = time.time()
-            self._carriers.ended(opened.number, how == "released", now)
-            self._journal.end_association(opened.number, how, now)
+            self._carriers.ended(opened.number, how == "released", time.monotonic())
+            try:
+                self._journal.end_association(opened.number, how, now)
+            except (SQLAlchemyError, JournalError):  # it counts as lost after the next start
+                log.error("association %d ended, which the journal cannot note", opened.number)
 
     def _opened(self, requestor: Requestor) -> _Open:
         with self._lock:
@@ -197,11 +201,16 @@ class StorageScp:
             log.warning("answered 0x%04X: %s", status, refusal)
         except (SQLAlchemyError, JournalError) as error:
             status, comment = OutOfResources.status, "the journal cannot be written now; try again"
-            log.error("answered 0x%04X: the journal: %s", status, type(error).__name__)
-        metrics.instances_received.labels(opened.peer, f"0x{status:04X}").inc()
+            why = error if isinstance(error, JournalError) else type(error).__name__
+            log.error("answered 0x%04X: %s", status, why)
         peer, size = opened.admission.peer, received.size
-        time.sleep(self.access.delay(peer, 1, size, time.monotonic()))  # its pace, by the config
+        wait = self.access.delay(peer, 1, size, time.monotonic())  # its pace, by the config
+        if wait > 0:  # to sleep for nothing may cost a turn of the scheduler
+            time.sleep(wait)
         return status, comment
+
+    def answered(self, requestor: Requestor, status: int) -> None:
+        metrics.instances_received.labels(self._opened(requestor).peer, f"0x{status:04X}").inc()
 
     def _keep(self, received: Received, opened: _Open) -> None:
         arrival = self._arrival(received, opened)
@@ -216,8 +225,15 @@ class StorageScp:
             if kept is None:
                 self._adopt_or_refuse(received.part, arrival, now)
         late = self._config.series.on_late_instances
-        if self._journal.record_instance(arrival, now, late=late):
-            metrics.bytes_received.inc(received.file_size)
+        try:
+            if self._journal.record_instance(arrival, now, late=late):
+                metrics.bytes_received.inc(received.file_size)
+            elif not self._spool.path(arrival.series_uid, arrival.sop_instance_uid).is_file():
+                # retention deleted it before its row said that it is wanted again; now it does
+                self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
+        except DuplicateInstance:  # another association was faster, with another series
+            self._spool.path(arrival.series_uid, arrival.sop_instance_uid).unlink(missing_ok=True)
+            self._refuse_other(received.part, arrival, now)
 
     def _adopt_or_refuse(self, part: Path, arrival: Arrival, now: float) -> None:
         """A file is there without a row: the same instance on another association, or another."""
@@ -367,9 +383,10 @@ def read_arrival_header(path: Path) -> Dataset:
 
     Raises:
         CannotUnderstand: the data set cannot be parsed up to there.
+        OSError: the disk refuses.
     """
+    header = read_header(path, _ARRIVAL_TAGS)
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=list(_ARRIVAL_TAGS))
         for tag in _ARRIVAL_TAGS:
             header.get(tag)  # values are parsed on access
     except MALFORMED as error:

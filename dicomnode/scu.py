@@ -4,33 +4,39 @@ Each file goes out in its own transfer syntax where the peer accepts it, else in
 Implicit VR Little Endian; never under a name that is not what the bytes are (PS3.5 10).
 """
 
+import contextlib
+import io
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pydicom import Dataset, dcmread
-from pydicom.filereader import read_file_meta_info
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_preamble
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
+from dicomnode import __version__
 from dicomnode.config import NodeConfig, Peer
 from dicomnode.credentials import ClientTls, client_tls
-from dicomnode.errors import ConfigError, DeliveryError, DeliveryRefused
-from dicomnode.tls import client_context
+from dicomnode.errors import ConfigError, DeliveryError, DeliveryRefused, NoAssociation
+from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
+from dicomnode.lifecycle import ACCEPTED
+from dicomnode.tls import client_context, trouble_with
+from dicomnode.upper_layer import Call, Identity, Lost, NotConnected, Patience, Rejected, Titles
+from dicomnode.upper_layer.negotiation import VERIFICATION
 
 log = logging.getLogger(__name__)
 
 _UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
-_ALREADY_THERE = 0x0111
-_WARNINGS = (0xB000, 0xB006, 0xB007)
-"""Stored, with a remark: coercion, elements discarded, does not match SOP class (PS3.4 B.2.3)."""
+_NOT_SUPPORTED = 0x0122  # SOP class not supported (PS3.7 C.5.5)
 _CONNECT_SECONDS, _RESPONSE_SECONDS = 15, 120
+_PATIENCE = Patience(_CONNECT_SECONDS, 30, _RESPONSE_SECONDS)
 _MAX_CONTEXTS = 128
 _NO_REASON = 1
 
@@ -63,20 +69,41 @@ OnStatus = Callable[[str, int], None]
 """Told of each accepted instance: its SOP Instance UID and the response status."""
 
 
-def send_instances(paths: Sequence[Path], address: Address, on_status: OnStatus) -> None:
+class _NothingAccepted(DeliveryRefused):
+    """The peer accepted the association and no presentation context."""
+
+
+def send_instances(
+    paths: Sequence[Path],
+    address: Address,
+    on_status: OnStatus,
+    optional: Container[str] = frozenset(),
+) -> None:
     """C-STORE every file over one association; sending again is safe because UIDs are stable.
+
+    Args:
+        optional: SOP classes that the peer need not take: a refusal is told to `on_status`, by
+            its status (0x0122: no presentation context), and holds nothing up.
 
     Raises:
         DeliveryRefused: the peer refuses for good (rejection, no presentation context, 0xA9xx or
             0xCxxx); instances accepted before were told to `on_status`.
         DeliveryError: it may work later: no connection, a lost association, another status.
     """
-    with Associated(address, _contexts(paths)) as association:
-        refused: list[str] = []
-        for path in paths:
-            _send(association, path, address, on_status, refused)
-        if refused:
-            raise DeliveryRefused(f"{address.called_ae}: {refused[0]} ({len(refused)} instances)")
+    instances = [_instance(path) for path in paths]
+    try:
+        with _calling(address, _contexts(instances)) as call:
+            refused: list[str] = []
+            for instance in instances:
+                _send(call, instance, address, on_status, optional, refused)
+            if refused:
+                words = f"{address.called_ae}: {refused[0]} ({len(refused)} instances)"
+                raise DeliveryRefused(words)
+    except _NothingAccepted:
+        if not all(instance.sop_class in optional for instance in instances):
+            raise
+        for instance in instances:
+            on_status(instance.sop_instance, _NOT_SUPPORTED)
 
 
 def echo(address: Address) -> None:
@@ -85,14 +112,60 @@ def echo(address: Address) -> None:
     Raises:
         DeliveryError: no association, or no Success; the message says which.
     """
-    with Associated(address, [(str(Verification), ImplicitVRLittleEndian)]) as association:
-        status = association.send_c_echo().get("Status")
+    context = (VERIFICATION, str(ImplicitVRLittleEndian))
+    with _calling(address, [context]) as call:
+        status = call.echo(*context)
         if status != 0:
-            raise DeliveryError(f"{address.called_ae} answered C-ECHO with {_shown(status)}")
+            raise DeliveryError(f"{address.called_ae} answered C-ECHO with 0x{status:04X}")
+
+
+@contextlib.contextmanager
+def _calling(address: Address, contexts: Sequence[tuple[str, str]]) -> Iterator[Call]:
+    """An association for the length of a block, at least one of its contexts accepted.
+
+    Raises:
+        DeliveryError: there is none, or it was lost.
+    """
+    call = _call(address, contexts)
+    try:
+        if not call.accepted:
+            raise _NothingAccepted(f"{_where(address)} accepted no presentation context")
+        yield call
+    except Lost as error:
+        raise DeliveryError(f"{address.called_ae}: the association was lost: {error}") from error
+    except DeliveryRefused:
+        call.release()
+        raise
+    except BaseException:
+        call.abort()
+        raise
+    call.release()
+
+
+def _call(address: Address, contexts: Sequence[tuple[str, str]]) -> Call:
+    titles = Titles(address.calling_ae, address.called_ae)
+    identity = Identity(IMPLEMENTATION_CLASS_UID, f"DICOMNODE_{__version__}"[:16])
+    tls = tls_arguments(address)
+    place = (address.host, address.port)
+    try:
+        return Call(place, titles, contexts, identity, tls=tls, patience=_PATIENCE)
+    except Rejected as error:
+        words = f"{_where(address)} rejected the association: {error}"
+        permanent = error.rejection.result == 1 and error.rejection.reason != _NO_REASON
+        raise (DeliveryRefused if permanent else NoAssociation)(words) from error
+    except NotConnected as error:
+        why = str(error)
+        if address.tls is not None:  # a peer that refuses a certificate just closes
+            why = trouble_with(address.tls, *place, time.time()) or why
+        raise NoAssociation(f"{_where(address)}: no association: {why}") from error
+
+
+def _where(address: Address) -> str:
+    return f"{address.called_ae} at {address.host}:{address.port}"
 
 
 class Associated:
-    """An association for the length of a block."""
+    """An association of pynetdicom for the length of a block, for what is not Storage."""
 
     def __init__(self, address: Address, contexts: Sequence[tuple[str, str]]) -> None:
         self._address, self._contexts = address, contexts
@@ -134,7 +207,7 @@ def tls_arguments(address: Address) -> Any:
     try:
         return client_context(address.tls, time.time()), address.tls.server_name
     except ConfigError as error:
-        raise DeliveryError(f"{address.called_ae}: {error}") from error
+        raise NoAssociation(f"{address.called_ae}: {error}") from error
 
 
 def _not_established(association: Association, address: Address) -> DeliveryError:
@@ -143,64 +216,98 @@ def _not_established(association: Association, address: Address) -> DeliveryErro
     if association.is_rejected and answer is not None:
         words = f"{where} rejected the association: {answer.reason_str}"
         permanent = answer.result == 1 and answer.diagnostic != _NO_REASON
-        return DeliveryRefused(words) if permanent else DeliveryError(words)
+        return DeliveryRefused(words) if permanent else NoAssociation(words)
     if association.rejected_contexts and not association.accepted_contexts:
-        return DeliveryRefused(f"{where} accepted no presentation context")
-    return DeliveryError(f"{where}: no association (not listening, unreachable or aborted)")
+        return _NothingAccepted(f"{where} accepted no presentation context")
+    return NoAssociation(f"{where}: no association (not listening, unreachable or aborted)")
 
 
 def _send(
-    association: Association,
-    path: Path,
+    call: Call,
+    instance: "_Instance",
     address: Address,
     on_status: OnStatus,
+    optional: Container[str],
     refused: list[str],
 ) -> None:
-    dataset = dcmread(path)
-    syntax = _agreed_syntax(association, dataset)
-    if syntax is None:
-        refused.append("no presentation context accepted for this SOP class")
+    spare = instance.sop_class in optional
+    syntaxes = (instance.syntax, *map(str, _UNCOMPRESSED))
+    agreed = [s for s in syntaxes if call.context(instance.sop_class, s) is not None]
+    if not agreed:
+        if spare:
+            on_status(instance.sop_instance, _NOT_SUPPORTED)
+        else:
+            refused.append("no presentation context accepted for this SOP class")
         return
-    _convert(dataset, syntax)
-    try:
-        status = association.send_c_store(dataset).get("Status")
-    except (ValueError, RuntimeError, OSError) as error:
-        raise DeliveryError(f"{address.called_ae}: the association was lost") from error
-    if status in (0, _ALREADY_THERE, *_WARNINGS):
-        on_status(str(dataset.SOPInstanceUID), int(status))
-    elif status is not None and (0xA900 <= status <= 0xA9FF or 0xC000 <= status <= 0xCFFF):
-        refused.append(f"answered {_shown(status)}")
+    context = call.accepted[instance.sop_class, agreed[0]]
+    with _data_set(instance, agreed[0]) as data_set:
+        status, _ = call.store(context, instance.sop_class, instance.sop_instance, data_set)
+    permanent = _is_permanent(status)
+    if status in ACCEPTED or (spare and (permanent or status == _NOT_SUPPORTED)):
+        on_status(instance.sop_instance, status)
+    elif permanent:
+        refused.append(f"answered 0x{status:04X}")
     else:
-        raise DeliveryError(f"{address.called_ae} answered {_shown(status)}")
+        raise DeliveryError(f"{address.called_ae} answered 0x{status:04X}")
 
 
-def _contexts(paths: Sequence[Path]) -> list[tuple[str, str]]:
+def _is_permanent(status: int | None) -> bool:
+    """Whether the same instance would be answered so again (PS3.4 B.2.3)."""
+    return status is not None and (0xA900 <= status <= 0xA9FF or 0xC000 <= status <= 0xCFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """A Part 10 file, and what its file meta information says (PS3.10 7.1)."""
+
+    path: Path
+    sop_class: str
+    sop_instance: str
+    syntax: str
+    offset: int
+    """Where its data set starts."""
+
+
+def _instance(path: Path) -> _Instance:
+    try:
+        with path.open("rb") as file:
+            read_preamble(file, force=False)
+            meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+            return _Instance(
+                path,
+                str(meta["MediaStorageSOPClassUID"].value),
+                str(meta["MediaStorageSOPInstanceUID"].value),
+                str(meta["TransferSyntaxUID"].value),
+                file.tell(),
+            )
+    except (OSError, InvalidDicomError, KeyError, ValueError, EOFError) as error:
+        raise DeliveryRefused(f"{path.name} is not a DICOM Part 10 file") from error
+
+
+def _contexts(instances: Sequence[_Instance]) -> list[tuple[str, str]]:
     """A presentation context per (SOP class, transfer syntax), so that the choice is ours."""
-    own = {
-        (str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID))
-        for meta in map(read_file_meta_info, paths)
-    }
+    own = {(instance.sop_class, instance.syntax) for instance in instances}
     fallback = {(sop_class, str(syntax)) for sop_class, _ in own for syntax in _UNCOMPRESSED}
     return [*sorted(own), *sorted(fallback - own)][:_MAX_CONTEXTS]
 
 
-def _agreed_syntax(association: Association, dataset: Dataset) -> UID | None:
-    accepted = {
-        context.transfer_syntax[0]
-        for context in association.accepted_contexts
-        if context.abstract_syntax == dataset.SOPClassUID
-    }
-    own = dataset.file_meta.TransferSyntaxUID
-    return next((syntax for syntax in (own, *_UNCOMPRESSED) if syntax in accepted), None)
-
-
-def _convert(dataset: Dataset, syntax: UID) -> None:
-    """Bring a data set into the agreed transfer syntax, without loss."""
-    if dataset.file_meta.TransferSyntaxUID == syntax:
+@contextlib.contextmanager
+def _data_set(instance: _Instance, syntax: str) -> Iterator[IO[bytes]]:
+    """The data set in the agreed transfer syntax: as stored, or converted without loss."""
+    if syntax == instance.syntax:
+        with instance.path.open("rb", buffering=0) as file:
+            file.seek(instance.offset)
+            yield file
         return
+    dataset = dcmread(instance.path)
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         dataset.decompress(generate_instance_uid=False)
-    dataset.file_meta.TransferSyntaxUID = syntax
+    del dataset.file_meta
+    dataset.preamble = None
+    whole = io.BytesIO()
+    dataset.save_as(whole, implicit_vr=UID(syntax).is_implicit_VR, little_endian=True)
+    whole.seek(0)
+    yield whole
 
 
 def _no_delay(event: evt.Event) -> None:

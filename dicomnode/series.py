@@ -5,7 +5,6 @@ sender released its association, and the positions leave no gap. The earliest sa
 """
 
 import math
-import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydicom import Dataset, dcmread
+import numpy as np
+from pydicom import Dataset
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag
 
 from dicomnode.config import SeriesSection
+from dicomnode.errors import CannotUnderstand
 from dicomnode.imaging.volume import SAME_DIRECTION, stack_from_positions
 from dicomnode.journal import OpenSeries
+from dicomnode.part10 import MALFORMED, read_header
 
 ARRIVAL_KEYWORDS = (
     "SOPClassUID",
@@ -42,7 +43,7 @@ Plane = Mapping[str, Any]
 
 def plane_of(header: Dataset) -> Plane | None:
     """Where an image lies in the patient, or None: no image plane, or a localizer."""
-    kinds = header.get("ImageType") or []
+    kinds = map(str, np.ravel(header.get("ImageType") or []))
     try:
         position = [float(value) for value in header.get("ImagePositionPatient") or []]
         orientation = [float(value) for value in header.get("ImageOrientationPatient") or []]
@@ -133,7 +134,7 @@ def judge(
 ) -> Verdict:
     """Is `series` complete at `now`? `started` is when this node began to listen.
 
-    All times are seconds since the epoch. `count_missing` is `missing_slices` of what came. While
+    All times are seconds of the same clock. `count_missing` is `missing_slices` of what came. While
     the node was down nobody could send, so quiet counts from its start at the earliest.
 
     `announced`: who says that all instances are here (MPPS, a count in the headers), or None;
@@ -183,23 +184,6 @@ class Header:
     instances: int
 
 
-MALFORMED = (
-    InvalidDicomError,
-    BytesLengthException,
-    EOFError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    NotImplementedError,
-    OverflowError,
-    RecursionError,
-    struct.error,
-    OSError,
-)
-"""What pydicom raises for a damaged file or value."""
-
-
 def read_headers(paths: Sequence[Path], keywords: Iterable[str]) -> list[Dataset]:
     """The named attributes of each file, pixels left alone.
 
@@ -212,8 +196,8 @@ def read_headers(paths: Sequence[Path], keywords: Iterable[str]) -> list[Dataset
 
 def _read_header(path: Path, tags: list[int]) -> Dataset:
     try:
-        header = dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-    except MALFORMED:
+        header = read_header(path, tags)
+    except (OSError, CannotUnderstand, *MALFORMED):
         return Dataset()
     for tag in list(header.keys()):
         if not _is_readable(header, tag):

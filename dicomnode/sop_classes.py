@@ -25,6 +25,16 @@ IMAGES: dict[str, tuple[str, ...]] = {
     ),
 }
 """The image SOP classes of a modality, classic and enhanced (PS3.4 B.5)."""
+COMPANIONS = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.11.1",  # Grayscale Softcopy Presentation State Storage
+        "1.2.840.10008.5.1.4.1.1.88.33",  # Comprehensive SR Storage
+    }
+)
+"""What goes with derived images, and need not be taken by a destination that takes them.
+
+Not the Key Object Selection: that a retraction is refused must be seen by someone.
+"""
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 _BY_KEYWORD = {
     name: str(value)

@@ -77,6 +77,20 @@ class Spool:
     def has_room(self, size: int = 0) -> bool:
         return self.free_bytes() - size >= self.reserve_bytes
 
+    def trouble(self) -> str:
+        """Why nothing can be stored now, in words; empty: it can."""
+        try:
+            if not self.has_room():
+                return "free space is below node.reserve_free_gb"
+        except OSError as error:
+            return f"node.data_dir cannot be used: {_reason(error)}; restart when it is back"
+        for folder in (self.incoming, self.received, self.results, self.quarantine):
+            if not folder.is_dir():
+                return "node.data_dir has lost its folders; restart when it is back"
+            if not os.access(folder, os.W_OK):
+                return "node.data_dir cannot be written"
+        return ""
+
     def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
         """Give a complete received file its place, durably; None if another file is there.
 
@@ -101,7 +115,7 @@ class Spool:
 
     def set_aside(self, part: Path, sop_instance_uid: str, digest: str) -> Path:
         """Move a file that contradicts a stored one to quarantine, durably."""
-        final = self.quarantine / f"{sop_instance_uid}.{digest[:16]}.dcm"
+        final = self.quarantined_path(sop_instance_uid, digest)
         try:
             sync_file(part)
             part.replace(final)
@@ -115,6 +129,9 @@ class Spool:
 
     def result_path(self, derived_uid: str, sop_instance_uid: str) -> Path:
         return self.results / derived_uid / f"{sop_instance_uid}.dcm"
+
+    def quarantined_path(self, sop_instance_uid: str, digest: str) -> Path:
+        return self.quarantine / f"{sop_instance_uid}.{digest[:16]}.dcm"
 
     def stored(self) -> Iterator[tuple[str, str, Path]]:
         """Every received file: its series, its SOP Instance UID and its path."""

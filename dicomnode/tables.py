@@ -5,7 +5,7 @@ has returned survives a power cut.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +24,19 @@ from sqlalchemy import (
     Table,
     create_engine,
     event,
-    select,
+    or_,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from dicomnode.errors import JournalError
+from dicomnode.errors import JournalBusy, JournalError
+from dicomnode.migrations import SCHEMA_VERSION, check_version, migrate, version_of
 
-SCHEMA_VERSION = 1
+BUSY_SECONDS = 5.0
+"""How long a change waits for its turn, and then for another program that has locked the journal:
+peers give up waiting for a response after about 30 s."""
+
+LONGEST_WAIT_SECONDS = 3600.0
+"""Nothing is put off for longer at a time."""
 
 metadata = MetaData()
 
@@ -63,6 +69,7 @@ instances = Table(
     Column("expected", String),  # what it says of the size of its series: JSON
     Column("purged", Boolean, nullable=False, default=False),
 )
+Index("instances_stored", instances.c.series_uid, sqlite_where=~instances.c.purged)
 
 conflicts = Table(
     "conflicts",
@@ -102,11 +109,14 @@ jobs = Table(
     Column("detail", String, nullable=False, default=""),
     Column("priority", Integer, nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
-    Column("crashes", Integer, nullable=False, default=0),  # workers that crashed over it
+    Column("crashes", Integer, nullable=False, server_default="0"),  # workers that crashed over it
     Column("created", Float, nullable=False),  # also the time written into the derived series
     Column("updated", Float, nullable=False),
     Column("derived_uid", String),
     Column("findings", String),  # what QA measured, JSON
+    Column("purged", Boolean, nullable=False, server_default="0"),  # its derived files are gone
+    Column("retracts", Integer),  # the job whose result it withdraws; null: it translates
+    Column("stacks", String),  # what became of each stack of the series, JSON
 )
 
 outputs = Table(
@@ -115,6 +125,8 @@ outputs = Table(
     Column("job", Integer, ForeignKey("jobs.id"), primary_key=True),
     Column("sop_instance_uid", String, primary_key=True),
     Column("sop_class_uid", String, nullable=False),
+    Column("series_uid", String, nullable=False, index=True),  # the derived SeriesInstanceUID
+    Column("position", Integer, nullable=False, server_default="0"),  # in the order of sending
 )
 
 deliveries = Table(
@@ -128,6 +140,7 @@ deliveries = Table(
     Column("created", Float, nullable=False),
     Column("due", Float, nullable=False),
     Column("detail", String, nullable=False, default=""),
+    Column("begun", Boolean, nullable=False, server_default="0"),  # some of it may be there
 )
 
 acceptances = Table(
@@ -137,6 +150,13 @@ acceptances = Table(
     Column("sop_instance_uid", String, primary_key=True),
     Column("status", Integer, nullable=False),
     Column("at", Float, nullable=False),
+)
+
+removals = Table(
+    "removals",  # folders whose files are to be deleted; their rows say so already
+    metadata,
+    Column("kind", String, primary_key=True),  # received | results
+    Column("series_uid", String, primary_key=True),
 )
 
 events = Table(
@@ -227,9 +247,25 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One transaction: all of it or nothing, durable when the block ends."""
-        with self._lock, self._engine.begin() as db:
-            yield db
+        """One transaction: all of it or nothing, durable when the block ends.
+
+        Raises:
+            JournalBusy: nothing was changed.
+        """
+        try:
+            with self._turn(), self._engine.begin() as db:
+                yield db
+        except OperationalError as error:
+            raise _busy(error) from error
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            raise JournalBusy("the journal cannot be changed now: others wait for it already")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def commit(self, change: Callable[[Connection], _Result]) -> _Result:
         """Run `change` in a transaction it may share with others, durable when this returns.
@@ -237,13 +273,18 @@ class Database:
         Group commit: while one thread waits for the disk, others queue their changes, and the next
         one to hold the lock commits them all at once. Each has a savepoint of its own: one that
         raises is undone alone.
+
+        Raises:
+            JournalBusy: nothing was changed, or, where it only had no turn in time, nobody knows.
         """
         mine = _Change(change)
         with self._queue_lock:
             self._queue.append(mine)
-        with self._lock:
+        with self._turn():
             if not mine.done:
                 self._commit_queue()
+        if isinstance(mine.error, OperationalError):
+            raise _busy(mine.error) from mine.error
         if mine.error is not None:
             raise mine.error
         result: _Result = mine.result
@@ -258,19 +299,35 @@ class Database:
             with self._engine.begin() as db:
                 for change in batch:
                     change.run(db)
+                    _check_open(db)
             committed = True
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, JournalError) as error:
             failure = error
         finally:  # whatever ended it: nobody may take a change for durable that is not
             for change in batch:
                 change.error = change.error or (None if committed else failure)
                 change.done = True
 
-    def read(self, query: Any) -> list[Any]:
-        """The rows of one query, of the last committed state."""
+    def read(self, query: Any, values: Mapping[str, Any] | None = None) -> list[Any]:
+        """The rows of one query, of the last committed state; `values` of its parameters."""
         with self._engine.connect() as connection:
             db = connection.execution_options(isolation_level="AUTOCOMMIT")
-            return list(db.execute(query).all())
+            return list(db.execute(query, values).all())
+
+
+def _busy(error: OperationalError) -> JournalBusy:
+    return JournalBusy(f"the journal cannot be changed now: {error.orig}")
+
+
+def _check_open(db: Connection) -> None:
+    """SQLite may give up a whole transaction by itself (full disk); its commit then says nothing.
+
+    Raises:
+        JournalBusy: it did.
+    """
+    connection: Any = db.connection.driver_connection
+    if not connection.in_transaction:
+        raise JournalBusy("the journal cannot be changed now: the transaction was given up")
 
 
 def note(db: Connection, series_uid: str, now: float, text: str, job: int | None = None) -> None:
@@ -278,8 +335,13 @@ def note(db: Connection, series_uid: str, now: float, text: str, job: int | None
     db.execute(events.insert().values(at=now, series_uid=series_uid, job=job, text=text))
 
 
+def is_due(column: Any, now: float) -> Any:
+    """Is the moment in `column` here? One that lies too far ahead was set by a clock set back."""
+    return or_(column <= now, column > now + LONGEST_WAIT_SECONDS)
+
+
 def _open(path: Path, *, create: bool = True) -> Engine:
-    """The engine over a journal file, its tables made if they are new.
+    """The engine over a journal file; with `create`, a new or older one is brought up to date.
 
     Raises:
         JournalError: there is no journal (and `create` is false), it cannot be opened, or its
@@ -287,7 +349,12 @@ def _open(path: Path, *, create: bool = True) -> Engine:
     """
     if not create and not path.is_file():
         raise JournalError(f"no journal at {path}; has `dicomnode serve` run with this config?")
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    if create:
+        migrate(path)
+    found = version_of(path)
+    if found is not None or not create:
+        check_version(path, found)
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
@@ -299,15 +366,18 @@ def _open(path: Path, *, create: bool = True) -> Engine:
     def _begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    if found is None:
+        _create(engine, path)
+    return engine
+
+
+def _create(engine: Engine, path: Path) -> None:
+    """All tables and the version, or nothing."""
+    version = meta.insert().prefix_with("OR IGNORE")
     try:
-        metadata.create_all(engine)
+        with engine.begin() as db:
+            metadata.create_all(db)
+            db.execute(version.values(key="schema", value=str(SCHEMA_VERSION)))
     except SQLAlchemyError as error:
         reason = getattr(error, "orig", error)
         raise JournalError(f"{path}: cannot open the journal: {reason}") from error
-    with engine.begin() as db:
-        found = db.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar()
-        if found is None:
-            db.execute(meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
-        elif found != str(SCHEMA_VERSION):
-            raise JournalError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}")
-    return engine

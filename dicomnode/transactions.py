@@ -36,6 +36,7 @@ TRANSITIONS: dict[tuple[Commitment, str], Commitment] = {
     (Commitment.REPORTING, "outdated"): Commitment.CHECKING,  # a file went away meanwhile
     (Commitment.REPORTED, "asked again"): Commitment.CHECKING,  # our report got lost on its way
     (Commitment.PARKED, "asked again"): Commitment.CHECKING,
+    (Commitment.PARKED, "retried"): Commitment.CHECKING,  # by the operator
 }
 
 Reference = tuple[str, str]
@@ -96,9 +97,24 @@ class Transactions:
                 return False
             if (Commitment(row.state), "asked again") in TRANSITIONS:
                 self._move(db, uid, "asked again", now, "")
-                again = {"asked": now, "due": now, "attempts": 0}
-                db.execute(t.commitments.update().where(c.transaction_uid == uid).values(again))
+                self._renew(db, uid, now)
             return True
+
+    def retry(self, uid: str, now: float) -> None:
+        """Check and report a parked transaction anew.
+
+        Raises:
+            JournalError: there is none with this UID, or it is not parked.
+        """
+        with self._db.write() as db:
+            self._move(db, uid, "retried", now, "by the operator")
+            self._renew(db, uid, now)
+
+    def parked(self) -> list[str]:
+        """Transaction UIDs, the oldest request first."""
+        c = t.commitments.c
+        query = select(c.transaction_uid).where(c.state == Commitment.PARKED).order_by(c.asked)
+        return [uid for (uid,) in self._db.read(query)]
 
     def open_of(self, peer: str) -> int:
         """How many transactions of this peer are not finished."""
@@ -110,7 +126,7 @@ class Transactions:
         """The transactions in `state` whose turn it is, the oldest first."""
         c = t.commitments.c
         query = select(c.transaction_uid, c.peer, c.asked, c.attempts)
-        rows = self._db.read(query.where(c.state == state, c.due <= now).order_by(c.asked))
+        rows = self._db.read(query.where(c.state == state, t.is_due(c.due, now)).order_by(c.asked))
         return [Transaction(*row) for row in rows]
 
     def state(self, uid: str) -> tuple[Commitment, str] | None:
@@ -188,9 +204,17 @@ class Transactions:
             mine = (c.peer == peer, c.state == Commitment.REPORTING)
             db.execute(t.commitments.update().where(*mine).values(due=now))
 
+    def _renew(self, db: Connection, uid: str, now: float) -> None:
+        """All its tries are before it again."""
+        again = {"asked": now, "due": now, "attempts": 0}
+        mine = t.commitments.c.transaction_uid == uid
+        db.execute(t.commitments.update().where(mine).values(again))
+
     def _move(self, db: Connection, uid: str, event: str, now: float, detail: str) -> Commitment:
         c = t.commitments.c
-        state = db.execute(select(c.state).where(c.transaction_uid == uid)).scalar_one()
+        state = db.execute(select(c.state).where(c.transaction_uid == uid)).scalar()
+        if state is None:
+            raise JournalError(f"there is no storage commitment {uid}")
         try:
             after = TRANSITIONS[Commitment(state), event]
         except KeyError:

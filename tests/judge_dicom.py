@@ -3,7 +3,7 @@
 One line per judge, then ``JUDGES ALL PASS``; exit 1 if one finds something. A judge that is not
 installed is named as skipped, and then not all have passed. DERIVED_DIR/prediction.npy, where it
 lies, is what the model gave: (slices, rows, columns), float32, in the derived unit, NaN for voxels
-that do not count.
+that do not count. A COMPANION is a file, or a folder of files.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.judges import every_verdict, in_slice_order
+from tests.judges import every_verdict, files_in, in_slice_order
 
 
 def judge_folders(source: Path, derived: Path, companions: Sequence[Path] = ()) -> tuple[int, str]:
@@ -23,7 +23,11 @@ def judge_folders(source: Path, derived: Path, companions: Sequence[Path] = ()) 
     verdicts = every_verdict(
         sorted(source.rglob("*.dcm")),
         in_slice_order(derived.rglob("*.dcm")),
-        companions,
+        [
+            file
+            for given in companions
+            for file in ([given] if given.is_file() else files_in(given))
+        ],
         expected,
     )
     lines = []

@@ -6,6 +6,7 @@ Foreign programs are named by absolute path: pynetdicom installs scripts of the 
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -52,19 +53,27 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """The first true value of `condition`; fails with `what` after `seconds`."""
+def wait_for(
+    condition: Callable[[], Any], what: str, seconds: float = 60.0, every: float = 0.05
+) -> Any:
+    """The first true value of `condition`, asked each `every` s; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain: {what}"
-        time.sleep(0.05)
+        time.sleep(every)
     return value
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on, below those that the system gives to outgoing connections.
+
+    One of the system's own would be taken now and then before its listener starts.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_240, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def identity_package(
@@ -111,10 +120,19 @@ class Archive:
             return json.load(answer)
 
     def derived_series(self) -> list[dict[str, Any]]:
-        """Orthanc's series whose SeriesDescription carries our marker."""
-        series = [self.get(f"series/{key}") for key in self.get("series")]
+        """Orthanc's series of images whose SeriesDescription carries our marker."""
+        series = [(s, s["MainDicomTags"]) for s in self.series()]
         marked = "[SYN "
-        return [s for s in series if marked in s["MainDicomTags"].get("SeriesDescription", "")]
+        return [
+            s
+            for s, tags in series
+            if marked in tags.get("SeriesDescription", "")
+            and tags["Modality"] not in ("KO", "PR", "SR")
+        ]
+
+    def series(self) -> list[dict[str, Any]]:
+        """Every series that Orthanc has."""
+        return [self.get(f"series/{key}") for key in self.get("series")]
 
     def fetch(self, series: dict[str, Any], folder: Path) -> list[Path]:
         """Every instance of a series as Orthanc stores it, as files."""
@@ -281,7 +299,9 @@ class Node:
             [*command, *arguments[1:]], capture_output=True, text=True, timeout=200, check=False
         )
 
-    def wait_settled(self, series_uid: str, seconds: float = 120.0) -> dict[str, Any]:
+    def wait_settled(
+        self, series_uid: str, seconds: float = 120.0, every: float = 0.05
+    ) -> dict[str, Any]:
         """The series when nothing more will happen to it by itself."""
         busy = {"queued", "translating", "sending"}
 
@@ -291,7 +311,7 @@ class Node:
                 return None
             return None if any(job["state"] in busy for job in series["jobs"]) else series
 
-        series: dict[str, Any] = wait_for(settled, f"series {series_uid} to settle", seconds)
+        series: dict[str, Any] = wait_for(settled, f"series {series_uid} to settle", seconds, every)
         return series
 
     @property
@@ -346,20 +366,27 @@ def node_settings(
     *,
     model: str = "identity",
     match: dict[str, Any] | None = None,
+    companions: bool = False,
     **series: Any,
 ) -> dict[str, Any]:
-    """A configuration with one route for every CT, short waits and the destinations as peers."""
+    """A configuration with one route for every CT, short waits and the destinations as peers.
+
+    Args:
+        companions: as configured by default; False: images only, for tests that count them.
+    """
     peers: dict[str, Any] = {"scanner": {"ae_title": "CT1", "host": "127.0.0.1"}}
     for archive in destinations:
         name = archive.ae_title.lower()
         peers[name] = {"ae_title": archive.ae_title, "host": "127.0.0.1", "port": archive.port}
     waits = {"quiet_seconds": 3, "quiet_seconds_if_released": 1, "hold_incomplete_seconds": 5}
-    route = {
+    route: dict[str, Any] = {
         "name": "every CT",
         "match": match or {"Modality": "CT"},
         "model": model,
         "send_to": [archive.ae_title.lower() for archive in destinations],
     }
+    if not companions:
+        route["companions"] = {"gsps": "none", "report": False}
     return {
         "peers": peers,
         "series": {**waits, **series},

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydicom import Dataset, dcmread
 
+from dicomnode.imaging.marks import is_synthetic
+
 
 def contract_findings(source: Sequence[Path], derived: Sequence[Path]) -> list[str]:
     """What DESIGN 1.6 promises of every derived instance and no foreign program looks for."""
@@ -29,6 +31,42 @@ def contract_findings(source: Sequence[Path], derived: Sequence[Path]) -> list[s
     return sorted(set(findings))
 
 
+def companion_findings(derived: Sequence[Path], companions: Sequence[Path]) -> list[str]:
+    """What a GSPS, SR or KO must share with the images it is of, and what it must not."""
+    images = {
+        str(ds.SOPInstanceUID): ds
+        for ds in (dcmread(path, stop_before_pixels=True) for path in derived)
+    }
+    image = next(iter(images.values()))
+    series = {str(image.SeriesInstanceUID)}
+    findings = []
+    for ds in map(dcmread, companions):
+        kind = ds.SOPClassUID.name
+        findings += [
+            f"{kind}: {keyword} is not the images'"
+            for keyword in _OF_PATIENT
+            if _written(ds, keyword) != _written(image, keyword)
+        ]
+        if str(ds.SeriesInstanceUID) in series:
+            findings.append(f"{kind}: not a series of its own")
+        series.add(str(ds.SeriesInstanceUID))
+        if not is_synthetic(ds) or ds.get("SyntheticData") != image.get("SyntheticData"):
+            findings.append(f"{kind}: the loop guard does not know it")
+        if any(element.tag.is_private for element in ds.iterall()):
+            findings.append(f"{kind}: has a private attribute")
+        ds.pop("ReferencedStudySequence", None)  # of the study, and the images have it too
+        named = [e.value for e in ds.iterall() if e.keyword == "ReferencedSOPInstanceUID"]
+        if not named or set(map(str, named)) != images.keys():
+            findings.append(f"{kind}: does not refer to the very images")
+        offset = ds.get("TimezoneOffsetFromUTC")
+        if offset != image.get("TimezoneOffsetFromUTC"):
+            findings.append(f"{kind}: another time zone")
+    return sorted(set(findings))
+
+
+_OF_PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge")
+_OF_PATIENT += ("IssuerOfPatientID", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID")
+_OF_PATIENT += ("AccessionNumber", "StudyDescription", "SpecificCharacterSet", "PatientWeight")
 _SAME = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "PatientID")
 _SAME += ("StudyInstanceUID", "FrameOfReferenceUID", "SpecificCharacterSet", "PatientBirthDate")
 _SAME_IN_PET = ("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "DecayFactor")

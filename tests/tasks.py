@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 from pydicom import Dataset, dcmread
 
+from dicomnode.companions import CompanionOptions, companions, header_of
 from dicomnode.derived import OutputOptions
 from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.intensity import Unscaled
@@ -28,8 +29,9 @@ from dicomnode.imaging.manifest import (
 )
 from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.units import Unit
+from dicomnode.label import label_pixels
 from dicomnode.outputs import OUTPUTS
-from dicomnode.pipeline import Translation, translate_series
+from dicomnode.pipeline import Translation, identity_of, translate_series
 from tests.factories import changed, file_bytes, pet_series, write_series
 
 NOW = datetime(2026, 3, 4, 23, 30, 15, 250000, tzinfo=UTC)
@@ -147,15 +149,30 @@ def translated(
 
 def make_series(kind: Kind, datasets: Sequence[Dataset], folder: Path) -> tuple[Path, Path]:
     """SRC_DIR and DERIVED_DIR of a translated series, as `judge_dicom.py` wants them."""
-    done = translated(kind, datasets, folder / "models")
-    source, derived = folder / "source", folder / "derived"
+    source, derived, _ = make_all(kind, datasets, folder)
+    return source, derived
+
+
+def make_all(
+    kind: Kind, datasets: Sequence[Dataset], folder: Path, options: OutputOptions | None = None
+) -> tuple[Path, Path, Path]:
+    """As `make_series`, and the folder of the companions."""
+    model = load_model(package_for(kind, folder / "models"))
+    done = translate_series(datasets, model, options or OutputOptions(), NOW)
+    source, derived, beside = folder / "source", folder / "derived", folder / "companions"
+    images = list(done.derived)
     write_series(done.datasets, source)
-    write_series(list(done.derived), derived)
+    write_series(images, derived)
     expected = done.prediction.voxels.copy()
     if done.source.padding is not None:
         expected[done.source.padding] = np.nan
+    if options is not None and options.label == "burned":
+        expected[:, label_pixels(*expected.shape[1:])] = np.nan
     np.save(derived / "prediction.npy", expected)
-    return source, derived
+    headers = [header_of(image) for image in images]
+    made = companions(headers, done.findings, identity_of(model), CompanionOptions(), NOW)
+    write_series(made, beside)
+    return source, derived, beside
 
 
 def made_of(

@@ -1,6 +1,7 @@
 """Rules about the code base itself."""
 
 import ast
+import logging
 import re
 import subprocess
 from collections import Counter
@@ -32,7 +33,12 @@ def _functions(path: Path) -> list[ast.FunctionDef]:
 
 def test_imports_point_downwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert lint_imports() == 0
+    loggers = {name: logging.getLogger(name) for name in logging.root.manager.loggerDict}
+    silent = {name for name, logger in loggers.items() if logger.disabled}
+    code = lint_imports()
+    for name in loggers.keys() - silent:  # it has disabled every logger of the tests that follow
+        loggers[name].disabled = False
+    assert code == 0
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
@@ -214,9 +214,44 @@ def test_explain_says_per_series_what_would_become_of_it(site: Path, run: Run) -
     gap = lines.index(f"series {chest[0].SeriesInstanceUID}: 4 instances")
     assert lines[gap + 1] == "  MISSING_SLICES: 1 slices are missing; send the whole series"
     why = "  route 'chest' does not match: BodyPartExamined is HEAD, not CHEST"
-    assert lines[lines.index(f"series {head[0].SeriesInstanceUID}: 4 instances") + 1] == why
-    assert lines[lines.index("series 1.9: 1 instances") + 1].startswith(f"{why}; ALREADY_SYNTHETIC")
+    assert lines[gap + 2].startswith("  one stack: 3 CT slices, 2.5 mm apart: MISSING_SLICES: 1 ")
+    assert lines[gap + 3] == "  set aside as LOCALIZER: 1"
+    other = lines.index(f"series {head[0].SeriesInstanceUID}: 4 instances")
+    assert lines[other + 1 : other + 3] == ["  one stack: 4 CT slices, 2.5 mm apart", why]
+    assert lines[lines.index("series 1.9: 1 instances") + 2].startswith(f"{why}; ALREADY_SYNTHETIC")
     assert lines[-1] == "1 files are no DICOM instances of a series: ignored"
+
+
+def _two_kernels() -> list[Dataset]:
+    """Five slices of one kernel and four of another under one SeriesInstanceUID."""
+    first, second = ct_series(5, 16, 16), ct_series(5, 16, 16, seed=2)[:4]
+    same = {k: first[0][k].value for k in ("StudyInstanceUID", "SeriesInstanceUID")}
+    same["FrameOfReferenceUID"] = first[0].FrameOfReferenceUID
+    soft = changed(first, ConvolutionKernel="SOFT")
+    return [*soft, *changed(second, ConvolutionKernel="BONE", **same)]
+
+
+def test_explain_names_every_stack_and_the_rule_that_found_it(site: Path, run: Run) -> None:
+    series = _two_kernels()
+    write_series([*series, localizer(series[0])], site / "in")
+    _, out, _ = run("explain", site / "in")
+    assert out.splitlines()[1:4] == [
+        "  stack (ConvolutionKernel SOFT): 5 CT slices, 2.5 mm apart",
+        "  stack (ConvolutionKernel BONE): 4 CT slices, 2.5 mm apart",
+        "  set aside as LOCALIZER: 1",
+    ]
+    (one,) = json.loads(run("explain", "--json", site / "in")[1])
+    assert [(s["rule"], s["slices"]) for s in one["stacks"]] == [
+        ("ConvolutionKernel SOFT", 5),
+        ("ConvolutionKernel BONE", 4),
+    ]
+    assert one["ignored"] == {"LOCALIZER": 1}
+
+
+def test_explain_says_why_there_is_no_stack(site: Path, run: Run) -> None:
+    write_series([localizer(ct_series(2, 16, 16)[0])], site / "in")
+    out = run("explain", site / "in")[1]
+    assert "  no stack: LOCALIZER: none of 1 instances is a slice; send slices\n" in out
 
 
 def test_explain_tells_programs_the_same(site: Path, run: Run) -> None:
@@ -264,14 +299,39 @@ def test_the_identity_model_returns_the_sources_hu_exactly(
     write_series(source[::-1], site / "in")
     code, out, err = run("run", "--model", "identity", "--out", site / "out", site / "in")
     assert (code, err) == (0, "")
-    (folder,) = (site / "out").iterdir()
-    assert out.startswith(f"series {source[0].SeriesInstanceUID}: 4 instances in {folder}; ")
-    derived = [dcmread(path) for path in folder.glob("*.dcm")]
+    made = {path: dcmread(path) for path in (site / "out").rglob("*.dcm")}
+    assert sorted({ds.Modality for ds in made.values()}) == ["CT", "PR", "SR"]
+    derived = [ds for ds in made.values() if "PixelData" in ds]
+    (folder,) = {path.parent for path, ds in made.items() if "PixelData" in ds}
+    said = (
+        f"series {source[0].SeriesInstanceUID}: 4 instances in {folder}, 2 companions beside it; "
+    )
+    assert out.startswith(said)
     before, _ = volume_from_datasets(source)
     after, ordered = volume_from_datasets(derived)
     np.testing.assert_array_equal(after.voxels, before.voxels)
     np.testing.assert_array_equal(after.positions, before.positions)
     assert {ds.get("SyntheticData") for ds in ordered} == {"YES"}
+
+
+def test_run_writes_a_folder_per_stack_and_names_the_refused_one(site: Path, run: Run) -> None:
+    series = _two_kernels()
+    write_series([*series[:7], series[8]], site / "in")  # the last one but one of BONE is missing
+    code, out, _ = run("run", "--model", "identity", "--out", site / "out", site / "in")
+    (folder,) = (site / "out").iterdir()
+    uid = series[0].SeriesInstanceUID
+    first, second = out.splitlines()
+    assert code == 0
+    assert first.startswith(f"series {uid}, ConvolutionKernel SOFT: 5 instances in {folder}, 2 ")
+    assert second.startswith(f"series {uid}, ConvolutionKernel BONE: MISSING_SLICES: 1 slice(s)")
+    write_series(series, site / "all")
+    words = ("--json", "--model", "identity", "--out", site / "whole", site / "all")
+    told = json.loads(run("run", *words)[1])
+    assert len(list((site / "whole").iterdir())) == 2
+    assert [one["stack"] for one in told[uid]["series"]] == [
+        "ConvolutionKernel SOFT",
+        "ConvolutionKernel BONE",
+    ]
 
 
 def test_running_again_makes_the_same_uids(site: Path, run: Run) -> None:
@@ -281,7 +341,7 @@ def test_running_again_makes_the_same_uids(site: Path, run: Run) -> None:
         run("run", "--model", "identity", "--out", site / out, site / "in")
         names.append({str(path.relative_to(site / out)) for path in (site / out).rglob("*.dcm")})
     assert names[0] == names[1]
-    assert len(names[0]) == 3
+    assert len(names[0]) == 3 + 2  # a presentation state and a report
 
 
 def test_a_series_that_is_refused_says_why_and_ends_with_1(site: Path, run: Run) -> None:
@@ -315,9 +375,21 @@ def test_models_are_listed_and_verified(run: Run) -> None:
     assert code == 0
     assert out.startswith("identity 1.0.0  identity  sha256 ")
     code, out, _ = run("models", "verify")
-    assert (code, out) == (0, "identity 1.0.0: passed on cpu\n")
+    assert code == 0
+    assert out.startswith("identity 1.0.0: passed on cpu: ")
     (listed,) = json.loads(run("models", "list", "--json")[1])
     assert (listed["name"], len(listed["sha256"])) == ("identity", 64)
+
+
+def test_a_model_is_timed_and_described_for_monai(run: Run) -> None:
+    code, out, _ = run("models", "bench", "identity", "--json")
+    (timed,) = json.loads(out)
+    assert (code, timed["matrix"], timed["precision"]) == (0, 512, "fp32")
+    assert 0 < timed["median_seconds"] <= timed["slowest_seconds"]
+    code, out, _ = run("models", "export-monai", "identity")
+    assert (code, json.loads(out)["name"]) == (0, "identity")
+    code, _, err = run("models", "export-monai")
+    assert (code, err) == (1, "dicomnode models: models export-monai: name the package\n")
 
 
 # status, retry, discard
@@ -362,10 +434,11 @@ def test_a_failed_job_can_be_retried_and_then_given_up(site: Path, run: Run) -> 
 
 def test_all_that_failed_can_be_retried_at_once(site: Path, run: Run) -> None:
     _journal(site)
-    assert run("retry", "--all-failed")[:2] == (0, "1 jobs and 0 deliveries queued again\n")
+    words = "1 jobs, 0 deliveries and 0 storage commitments queued again\n"
+    assert run("retry", "--all-failed")[:2] == (0, words)
 
 
-@pytest.mark.parametrize("what", ["job-x", "thing-1", "-", "job-9", "delivery-9"])
+@pytest.mark.parametrize("what", ["job-x", "thing-1", "-", "job-9", "delivery-9", "commitment:9.9"])
 def test_what_cannot_be_retried_is_named(what: str, site: Path, run: Run) -> None:
     _journal(site)
     code, _, err = run("retry", "--", what)

@@ -32,6 +32,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 from sqlalchemy import text
 
 from dicomnode import tables as t
+from dicomnode.cli import main
 from dicomnode.commitment import Commitments
 from dicomnode.commitment_messages import PUSH_MODEL_INSTANCE, read_request
 from dicomnode.config import NodeConfig, config_from_mapping
@@ -309,7 +310,7 @@ def test_each_failure_has_its_reason(tmp_path: Path, modality: Modality) -> None
     assert failures(report) == {
         archived.uids[0]: 0x0110,
         archived.uids[1]: 0x0110,
-        archived.uids[2]: 0x0110,
+        archived.uids[2]: 0x0112,
         archived.uids[3]: 0x0119,
         unknown: 0x0112,
     }
@@ -508,7 +509,62 @@ def test_nothing_is_promised_that_went_away_before_the_report(archived: Archived
         modality.stop()
     [(event_type, report)] = modality.reports
     assert event_type == 2
-    assert failures(report) == {archived.uids[1]: 0x0110}
+    assert failures(report) == {archived.uids[1]: 0x0112}
+
+
+def test_a_parked_commitment_is_listed_and_reported_after_a_retry(
+    archived: Archived, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port, uid = free_port(), generate_uid()
+    config_file = archived.folder.parent / "config.yaml"
+    config_file.write_text(f"node: {{data_dir: {archived.folder}}}\nroutes: []\n")
+
+    def run(*words: str) -> tuple[int, str]:
+        code = main([words[0], "--config", str(config_file), *words[1:]])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    peers = {
+        "modality": {
+            "ae_title": SCU,
+            "host": "127.0.0.1",
+            "port": port,
+            "retry_for_hours": 0,
+        }
+    }
+    with serving(archived, peers) as service:
+        assert ask(service.port, information(uid, archived.references)) == 0
+        wait_for(lambda: f"commitment:{uid} of 3" in run("status")[1], "the listing", 20)
+        wait_for(lambda: "to modality: parked since" in run("status")[1], "the parking", 20)
+        assert "not listening" in run("status")[1]
+        listed = json.loads(run("status", "--json")[1])
+        assert listed["counts"]["commitments"] == {"parked": 1}
+        assert [one["transaction_uid"] for one in listed["commitments"]] == [uid]
+        modality = Modality(port)
+        assert run("retry", f"commitment:{uid}") == (0, f"commitment:{uid} queued again\n")
+        wait_for(lambda: modality.reports, "the report", 20)
+        modality.stop()
+        wait_for(lambda: "commitment:" not in run("status")[1], "the end of it", 20)
+    assert committed(modality.reports[0][1]) == archived.uids
+    code, said = run("retry", f"commitment:{uid}")  # once is enough
+    assert (code, "a storage commitment reported cannot be retried" in said) == (1, True)
+    assert run("retry", "commitment:1.2.3")[0] == 1
+
+
+def test_all_that_failed_includes_parked_commitments(
+    archived: Archived, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = Database(archived.folder / "journal.db")
+    transactions = Transactions(database)
+    assert transactions.ask("9.1", "modality", archived.references, 1.0)
+    (transaction,) = transactions.due(Commitment.CHECKING, 2.0)
+    transactions.checked(transaction, [0, 0, 0], 3.0)
+    transactions.park(transaction, "gone", 4.0)
+    config_file = archived.folder.parent / "config.yaml"
+    config_file.write_text(f"node: {{data_dir: {archived.folder}}}\nroutes: []\n")
+    assert main(["retry", "--config", str(config_file), "--all-failed"]) == 0
+    assert "1 storage commitments queued again" in capsys.readouterr().out
+    assert [one.uid for one in transactions.due(Commitment.CHECKING, time.time())] == ["9.1"]
 
 
 def test_a_peer_without_an_address_hears_on_its_own_association(archived: Archived) -> None:

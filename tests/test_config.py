@@ -149,8 +149,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"peers": {"a": {"ae_title": "A", "storage_commitment": True}}}, "peers.a.storage_commitment"),
     ({"peers": {"a": {"dicomweb": "https://a/b"}}}, "peers.a.dicomweb"),
     ({"engine": {"ray": {"address": "auto"}}}, "engine"),
-    ({"precision": "bf16"}, "precision"),
-    ({"precision": "int8"}, "precision"),
 ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dicomnode.config import Condition, NodeConfig
+from dicomnode.conditions import Condition
+from dicomnode.config import NodeConfig
 
 SHIPPED = Path(__file__).parents[1] / "config.yaml"
 

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from sqlalchemy import Connection
 
 from dicomnode.errors import JournalError
+from dicomnode.generations import OnSuperseded
 from dicomnode.history import History
-from dicomnode.jobs import DueDelivery, Job, Jobs
+from dicomnode.jobs import DueDelivery, Job, Jobs, Output
 from dicomnode.journal import Arrival, Journal, OpenSeries
 from dicomnode.lifecycle import (
     DELIVERY_TRANSITIONS,
@@ -31,7 +38,7 @@ from dicomnode.tables import Database, note
 SERIES = ("1.1", "1.2")
 DESTINATIONS = ("pacs", "archive")
 ROUTE = "every CT"
-NOTED = ("both will be there", "after they were given up")
+GIVEN_UP = (Delivery.DELIVERED, Delivery.DISCARDED)
 CHANGES = {(old, new) for (old, _), new in TRANSITIONS.items()}
 DELIVERY_CHANGES = {(old, new) for (old, _), new in DELIVERY_TRANSITIONS.items()}
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a folder without a disk
@@ -81,6 +88,11 @@ class LifeOfASeries(RuleBasedStateMachine):
         self.running: list[Job] = []
         self.on_their_way: list[DueDelivery] = []
         self.before: dict[tuple[str, int], str] = {}
+        self.policy: OnSuperseded = "retract"
+
+    @initialize(policy=st.sampled_from(["retract", "retract", "keep"]))
+    def a_site_says_what_becomes_of_earlier_results(self, policy: OnSuperseded) -> None:
+        self.policy = policy
 
     def teardown(self) -> None:
         self.books.database.close()
@@ -129,7 +141,9 @@ class LifeOfASeries(RuleBasedStateMachine):
         series, still_true = self.seen.pop(uid)
         routes = [(ROUTE, "routine"), ("urgent", "stat")] if routed else []
         outcome = "routed" if routed else "ignored"
-        closed = self.books.jobs.close_series(series, outcome, routes, ["complete"], self.now)
+        closed = self.books.jobs.close_series(
+            series, outcome, routes, ["complete"], self.now, on_superseded=self.policy
+        )
         if not still_true:
             assert not closed  # overtaken by an arrival
 
@@ -160,12 +174,16 @@ class LifeOfASeries(RuleBasedStateMachine):
     )
     def a_translation_ends_with_a_result(self, event: Event, wanted: int) -> None:
         job = self.running.pop(0)
+        if job.retracts is not None:
+            note = [Output(f"9.{job.retracts}", f"9.{job.retracts}.1", "1.2")]
+            self.books.jobs.derived(job, note, [], {}, Event.DERIVED, self.now)
+            return
         if event is Event.DERIVED and not wanted:
             event = Event.NOTHING_TO_SEND
-        made = [(f"2.{uid}", "1.2") for uid in self.books.journal.instance_uids(job.series_uid)]
-        # the derived UIDs are made of the source's
-        derived = f"2.{job.series_uid}.{len(made)}"
-        self.books.jobs.derived(job, derived, made, DESTINATIONS[:wanted], {}, event, self.now)
+        uids = self.books.journal.instance_uids(job.series_uid)
+        derived = f"2.{job.series_uid}.{len(uids)}"  # the derived UIDs are made of the source's
+        made = [Output(derived, f"{derived}.{uid}", "1.2") for uid in uids]
+        self.books.jobs.derived(job, made, DESTINATIONS[:wanted], {}, event, self.now)
 
     @rule(uid=st.sampled_from(SERIES), index=st.integers(0, 9))
     def a_series_goes_all_the_way_to_the_courier(self, uid: str, index: int) -> None:
@@ -175,7 +193,10 @@ class LifeOfASeries(RuleBasedStateMachine):
         self.seen.pop(uid, None)
         for series in self.books.journal.open_series():
             if series.series_uid == uid:
-                self.books.jobs.close_series(series, "routed", [(ROUTE, "stat")], [], self.now)
+                routes, policy = [(ROUTE, "stat")], self.policy
+                self.books.jobs.close_series(
+                    series, "routed", routes, [], self.now, on_superseded=policy
+                )
         self.every_change_of_a_state_is_in_the_tables()
         if job := self.books.jobs.claim(self.now):
             self.running.insert(0, job)
@@ -188,19 +209,41 @@ class LifeOfASeries(RuleBasedStateMachine):
     @rule()
     def the_courier_takes_what_is_due(self) -> None:
         under_way = {delivery.id for delivery in self.on_their_way}
-        due = self.books.jobs.due_deliveries(self.now)
-        self.on_their_way += [delivery for delivery in due if delivery.id not in under_way]
+        for delivery in self.books.jobs.due_deliveries(self.now):
+            same = [(d.series_uid, d.destination) for d in self.on_their_way]
+            after_it = (delivery.series_uid, delivery.destination) in same
+            if delivery.id in under_way or (delivery.retracts is not None and after_it):
+                continue
+            if delivery.retracts is None and self.policy == "retract":
+                self._nothing_else_is_valid_there(delivery)
+            assert self.books.jobs.begin(delivery.id)
+            self.on_their_way.append(delivery)
+
+    def _nothing_else_is_valid_there(self, delivery: DueDelivery) -> None:
+        """Whatever of earlier generations a destination has is withdrawn there, or given up."""
+        jobs = self._jobs()
+        mine = jobs[delivery.job]
+        for job in jobs.values():
+            earlier = job["series_uid"] == delivery.series_uid and job["retracts"] is None
+            if not earlier or job["generation"] >= mine["generation"]:
+                continue
+            reached = [d for d in job["deliveries"] if d["destination"] == delivery.destination]
+            if any(d["accepted"] for d in reached):
+                (by,) = [j for j in jobs.values() if j["retracts"] == job["id"]]
+                (d,) = [d for d in by["deliveries"] if d["destination"] == delivery.destination]
+                assert d["state"] in GIVEN_UP
 
     @precondition(lambda self: self.on_their_way)
     @rule(how_many=st.integers(0, 5), end=st.sampled_from(["", "postponed", "parked"]))
     def a_destination_takes_a_part(self, how_many: int, end: str) -> None:
         delivery = self.on_their_way[0]
         statuses = dict.fromkeys(delivery.remaining[:how_many], 0)
+        sent = bool(statuses) or end != "postponed"
         self.books.jobs.accepted(delivery.id, statuses, self.now)
         if end:
             self.on_their_way.pop(0)
         if end == "postponed":
-            self.books.jobs.postpone(delivery, self.now + 5, "absent", self.now)
+            self.books.jobs.postpone(delivery, self.now + 5, "absent", self.now, sent=sent)
         elif end == "parked":
             self._unless_given_up(delivery, self.books.jobs.park, delivery, "refused", self.now)
 
@@ -305,22 +348,39 @@ class LifeOfASeries(RuleBasedStateMachine):
             states = {delivery["state"] for delivery in job["deliveries"]}
             owed = states & {Delivery.WAITING, Delivery.PARKED}
             assert (job["state"] == State.TRANSLATING) == (number in running)
-            assert (job["state"] == State.SENDING) == bool(owed)
+            assert bool(owed) or job["state"] != State.SENDING
+            assert not owed or job["state"] == State.SENDING or job["retracts"] is not None
 
     @invariant()
-    def two_generations_at_a_destination_are_noted(self) -> None:
+    def an_earlier_result_that_may_be_there_is_withdrawn_or_kept_and_noted(self) -> None:
         for series in self._series():
+            jobs = {job["id"]: job for job in series["jobs"]}
+            withdrawn = [job["retracts"] for job in jobs.values() if job["retracts"] is not None]
+            assert len(withdrawn) == len(set(withdrawn))
             timeline = self.books.history.one_series(series["series_uid"])
             assert timeline is not None
-            noted = any(words in e["text"] for e in timeline["timeline"] for words in NOTED)
-            for route in (ROUTE, "urgent"):
-                jobs = [job for job in series["jobs"] if job["route"] == route]
-                there = [j for j in jobs if any(d["accepted"] for d in j["deliveries"])]
-                assert len(there) < 2 or noted
-                current = max((job["generation"] for job in jobs), default=0)
-                for job in jobs:
-                    if job["generation"] < current and job["state"] == State.SENDING:
-                        assert job in there
+            kept = any("both will be there" in event["text"] for event in timeline["timeline"])
+            assert not kept or self.policy == "keep"
+            closed = series["generation"] - int(series["open"])
+            for number, job in jobs.items():
+                if job["retracts"] is not None or job["generation"] >= closed:
+                    continue
+                reached = {d["destination"] for d in job["deliveries"] if d["accepted"]}
+                if self.policy == "keep":
+                    assert not reached or kept
+                    continue
+                assert not reached or number in withdrawn
+                assert job["state"] not in (State.SENDING, State.DONE)
+
+    @invariant()
+    def a_withdrawal_reaches_every_destination_that_was_reached(self) -> None:
+        jobs = self._jobs()
+        for job in jobs.values():
+            if job["retracts"] is None:
+                continue
+            before = jobs[job["retracts"]]["deliveries"]
+            reached = {d["destination"] for d in before if d["accepted"]}
+            assert reached <= {d["destination"] for d in job["deliveries"]}
 
 
 LifeOfASeries.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
@@ -344,8 +404,8 @@ def _closed(books: Books, *indices: int, now: float = 10.0) -> Job:
 
 
 def _derived(books: Books, job: Job, *uids: str, event: Event = Event.DERIVED) -> State:
-    instances = [(uid, "1.2") for uid in uids]
-    return books.jobs.derived(job, "2.1", instances, ["pacs"], {"finite": 1}, event, 20.0)
+    made = [Output("2.1", uid, "1.2") for uid in uids]
+    return books.jobs.derived(job, made, ["pacs"], {"finite": 1}, event, 20.0)
 
 
 def _texts(books: Books, uid: str = "1.1") -> str:
@@ -415,12 +475,104 @@ def test_what_was_not_yet_sent_gives_way_to_a_new_generation(books: Books) -> No
     assert second.generation == 2
 
 
+def _sent(books: Books, *uids: str, job: Job | None = None) -> None:
+    """Series 1.1 translated, and these instances taken by the destination."""
+    _derived(books, job or _closed(books, 1), "2.1.1", "2.1.2")
+    (due,) = books.jobs.due_deliveries(20)
+    assert books.jobs.begin(due.id)
+    books.jobs.accepted(due.id, dict.fromkeys(uids, 0), 21)
+    if uids == due.remaining:
+        books.jobs.delivered(due, "all", 22)
+
+
+@pytest.mark.parametrize("uids", [("2.1.1", "2.1.2"), ("2.1.1",), ()])
+def test_what_may_have_been_sent_is_withdrawn_before_a_new_generation_is_sent(
+    books: Books, uids: tuple[str, ...]
+) -> None:
+    _sent(books, *uids)
+    withdrawal = _closed(books, 2, now=30)  # claimed before the translation, whatever the route
+    assert (withdrawal.retracts, withdrawal.generation) == (1, 2)
+    assert books.jobs.in_state(State.SUPERSEDED) == [1]
+    translation = books.jobs.claim(31)
+    assert translation is not None
+    made = [Output("2.2", "2.2.1", "1.2")]
+    books.jobs.derived(translation, made, ["pacs", "archive"], {}, Event.DERIVED, 32)
+    (other,) = books.jobs.due_deliveries(33)
+    assert (other.destination, other.job) == ("archive", translation.id)  # has nothing of before
+    books.jobs.derived(withdrawal, [Output("9.1", "9.1.1", "1.3")], [], {}, Event.DERIVED, 34)
+    first, *_ = books.jobs.due_deliveries(35)
+    assert (first.job, first.destination, first.remaining) == (withdrawal.id, "pacs", ("9.1.1",))
+    books.jobs.accepted(first.id, {"9.1.1": 0}, 36)
+    books.jobs.delivered(first, "1 instances", 36)
+    assert {d.destination for d in books.jobs.due_deliveries(37)} == {"pacs", "archive"}
+    assert "job 2 withdraws what job 1 made from pacs; only then is generation 2 sent" in _texts(
+        books
+    )
+
+
+def test_a_withdrawal_that_was_given_up_lets_the_new_generation_go(books: Books) -> None:
+    _sent(books, "2.1.1")
+    withdrawal = _closed(books, 2, now=30)
+    translation = books.jobs.claim(31)
+    assert translation is not None
+    _derived(books, translation, "2.2.1")
+    assert books.jobs.due_deliveries(33) == []
+    books.jobs.finish(withdrawal, Event.BROKE, 34, code="CODE")
+    assert books.jobs.due_deliveries(35) == []
+    books.jobs.discard_job(withdrawal.id, "done by hand", 36)
+    assert [d.job for d in books.jobs.due_deliveries(37)] == [translation.id]
+
+
+def test_a_withdrawal_is_not_overtaken_by_a_third_generation(books: Books) -> None:
+    _sent(books, "2.1.1")
+    withdrawal = _closed(books, 2, now=30)
+    books.journal.record_instance(_arrival("1.1", 3), 31)
+    made = [Output("9.1", "9.1.1", "1.3")]
+    assert books.jobs.derived(withdrawal, made, [], {}, Event.DERIVED, 32) is State.SENDING
+    _closed(books, 4, now=33)
+    assert [job["retracts"] for job in books.history.series()[0]["jobs"]].count(1) == 1
+
+
+def test_withdrawn_uids_are_known(books: Books) -> None:
+    _sent(books, "2.1.1")
+    assert books.jobs.withdrawn("1.1") == frozenset()
+    _closed(books, 2, now=30)
+    assert books.jobs.withdrawn("1.1") == {"2.1"}
+    assert books.jobs.outputs(1) == [Output("2.1", uid, "1.2") for uid in ("2.1.1", "2.1.2")]
+
+
+def test_a_site_may_keep_both_and_the_timeline_says_so(books: Books) -> None:
+    _sent(books, "2.1.1")
+    books.journal.record_instance(_arrival("1.1", 2), 30)
+    seen = books.open_series("1.1")
+    routes = [(ROUTE, "routine")]
+    assert books.jobs.close_series(seen, "routed", routes, [], 31, on_superseded="keep")
+    assert books.jobs.in_state(State.SENDING) == [1]
+    assert "generation 1 stays at pacs: both will be there" in _texts(books)
+
+
+def test_nothing_is_withdrawn_from_where_no_association_came_about(books: Books) -> None:
+    _derived(books, _closed(books, 1), "2.1.1")
+    (due,) = books.jobs.due_deliveries(20)
+    assert books.jobs.begin(due.id)
+    books.jobs.postpone(due, 50, "not listening", 21, sent=False)
+    assert _closed(books, 2, now=30).retracts is None
+
+
 def test_instances_that_arrive_after_their_delivery_was_given_up_are_noted(books: Books) -> None:
     _derived(books, _closed(books, 1), "2.1.1")
     (due,) = books.jobs.due_deliveries(20)
+    assert books.jobs.begin(due.id)
     _closed(books, 2, now=30)
     books.jobs.accepted(due.id, {"2.1.1": 0}, 31)
     assert "1 instances reached pacs after they were given up" in _texts(books)
+
+
+def test_a_delivery_that_was_given_up_is_not_begun(books: Books) -> None:
+    _derived(books, _closed(books, 1), "2.1.1")
+    (due,) = books.jobs.due_deliveries(20)
+    books.jobs.discard_job(1, "not wanted", 21)
+    assert not books.jobs.begin(due.id)
 
 
 def test_a_delivery_that_was_given_up_is_not_put_off(books: Books) -> None:
@@ -593,7 +745,9 @@ def test_nothing_but_the_table_changes_a_state() -> None:
 
 def test_every_state_can_be_reached_and_left_unless_it_is_final() -> None:
     assert {State.QUEUED, *TRANSITIONS.values()} == set(State)
-    assert {state for state, _ in TRANSITIONS} == set(State) - FINAL
+    assert {state for state, _ in TRANSITIONS} == (set(State) - FINAL) | {State.DONE}
+    left = [event for state, event in TRANSITIONS if state is State.DONE]
+    assert left == [Event.OVERTAKEN]
 
 
 # the database

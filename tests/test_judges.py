@@ -8,7 +8,19 @@ import pytest
 from pydicom import Dataset, dcmread
 
 from tests.factories import ct_series, write_series
-from tests.judges import DCENTVFY, DCIODVFY, DCMDUMP, judge, require
+from tests.judges import (
+    DCENTVFY,
+    DCIODVFY,
+    DCMDUMP,
+    DCMPSCHK,
+    DSRDUMP,
+    every_verdict,
+    files_in,
+    in_slice_order,
+    judge,
+    require,
+)
+from tests.tasks import KINDS, make_all
 from tests.test_derived import derive
 
 HANGUL = "\\ISO 2022 IR 149"
@@ -72,3 +84,48 @@ def test_a_value_off_by_more_than_half_a_quantum_is_found_by_place(tmp_path: Pat
     native = np.ones(expected.shape, bool)
     native[2, 4, 5] = False
     assert judge(source, paths, expected, native) == {}
+
+
+def _other_patient(ds: Dataset) -> None:
+    ds.PatientName = "Somebody^Else"
+
+
+def _other_image(ds: Dataset) -> None:
+    next(e for e in ds.iterall() if e.keyword == "ReferencedSOPInstanceUID").value = "1.2.3"
+
+
+def _not_marked(ds: Dataset) -> None:
+    del ds.SyntheticData
+
+
+def _no_digest(ds: Dataset) -> None:
+    for item in ds.iterall():
+        if item.keyword == "TextValue" and "sha256" in item.value:
+            item.value = "sha256=0"
+
+
+def _no_creation_date(ds: Dataset) -> None:
+    del ds.PresentationCreationDate
+
+
+COMPANION_FAULTS: list[tuple[Callable[[Dataset], None], str, set[str]]] = [
+    (_other_patient, "PR", {"dcentvfy", "dcmtk text", "companions"}),
+    (_other_image, "SR", {"companions"}),
+    (_not_marked, "SR", {"companions"}),
+    (_no_digest, "SR", {"dsrdump"}),
+    (_no_creation_date, "PR", {"dcmpschk"}),
+]
+
+
+def test_a_fault_planted_in_a_companion_is_found(tmp_path: Path) -> None:
+    require(DCIODVFY, DCENTVFY, DCMDUMP, DCMPSCHK, DSRDUMP)
+    source, derived, beside = make_all(KINDS["ce_ct"], ct_series(2), tmp_path)
+    files = files_in(source), in_slice_order(derived.glob("*.dcm"))
+    for fault, modality, seen_by in COMPANION_FAULTS:
+        planted = [dcmread(path) for path in files_in(beside)]
+        for ds in planted:
+            if ds.Modality == modality:
+                fault(ds)
+        paths = write_series(planted, tmp_path / fault.__name__)
+        found = {v.name for v in every_verdict(*files, paths) if v.findings}
+        assert seen_by <= found, fault.__name__

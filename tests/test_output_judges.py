@@ -15,6 +15,8 @@ from tests.judges import (
     DCIODVFY,
     DCM2NIIX,
     DCMDUMP,
+    DCMPSCHK,
+    DSRDUMP,
     NODE,
     SUV_PACKAGE,
     dciodvfy,
@@ -24,7 +26,7 @@ from tests.judges import (
     require,
 )
 from tests.peers import ORTHANC, ROOT, STORESCU, needs, orthanc, send
-from tests.tasks import KINDS, SOURCES, ge_pet, make_series
+from tests.tasks import KINDS, SOURCES, ge_pet, make_all, make_series
 from tests.test_derived import as_task, derive
 
 HANGUL = "\\ISO 2022 IR 149"
@@ -33,16 +35,18 @@ KOREAN = "Hong^Gildong=洪^吉洞=홍^길동"
 
 @pytest.mark.parametrize("task", KINDS)
 def test_every_judge_accepts_every_output_type(task: str, tmp_path: Path) -> None:
-    require(DCIODVFY, DCENTVFY, DCMDUMP, DCM2NIIX, *([NODE, SUV_PACKAGE] if "pet" in task else []))
-    source, derived = make_series(KINDS[task], SOURCES[task](), tmp_path)
-    code, text = judge_folders(source, derived)
+    require(DCIODVFY, DCENTVFY, DCMDUMP, DCM2NIIX, DCMPSCHK, DSRDUMP)
+    require(*([NODE, SUV_PACKAGE] if "pet" in task else []))
+    source, derived, companions = make_all(KINDS[task], SOURCES[task](), tmp_path)
+    code, text = judge_folders(source, derived, [companions])
     assert code == 0, text
     names = [line.split(":")[0] for line in text.splitlines()]
     expected = "dciodvfy,dcentvfy,dcmtk text,dcm2pnm,SimpleITK grid,values,dcm2niix grid,contract"
     assert names[:8] == [f"PASS {name}" for name in expected.split(",")]
+    assert {"PASS dcmpschk", "PASS dsrdump", "PASS companions"} <= set(names)
     assert names[-1] == "JUDGES ALL PASS"
     assert ("PASS SUV factor" in names) == ("pet" in task)
-    assert dciodvfy(derived.glob("*.dcm")) == set()
+    assert dciodvfy([*derived.glob("*.dcm"), *companions.glob("*.dcm")]) == set()
 
 
 def test_the_judges_run_as_a_command_and_say_what_they_find(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_patients_and_studies_are_the_same_to_dcentvfy_and_dcmtk(
 def test_orthanc_keeps_every_instance_as_sent_and_nothing_twice(tmp_path: Path) -> None:
     sent: dict[str, Path] = {}
     for task in KINDS:
-        for folder in make_series(KINDS[task], SOURCES[task](), tmp_path / task):
+        for folder in make_all(KINDS[task], SOURCES[task](), tmp_path / task):
             for path in folder.glob("*.dcm"):
                 sent[str(dcmread(path, stop_before_pixels=True).SOPInstanceUID)] = path
     with orthanc(tmp_path / "orthanc") as archive:
@@ -128,8 +132,8 @@ def test_every_judge_accepts_what_is_made_of_real_series(
     require(DCIODVFY, DCENTVFY, DCMDUMP)
     files = [p for p in (real_dicom / folder).rglob("*") if p.is_file() and p.suffix != ".md"]
     series = sorted(map(dcmread, files), key=lambda ds: float(ds.ImagePositionPatient[2]))
-    source, derived = make_series(KINDS[task], series[10:13], tmp_path)
-    code, text = judge_folders(source, derived)
+    source, derived, companions = make_all(KINDS[task], series[10:13], tmp_path)
+    code, text = judge_folders(source, derived, [companions])
     assert code == 0, text
 
 

@@ -1,6 +1,8 @@
 """Packages are written whole, read back equal, and refused with the file and reason otherwise."""
 
 import hashlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
+from dicomnode.imaging.bundle import monai_metadata
 from dicomnode.imaging.intensity import Unscaled, Window
 from dicomnode.imaging.manifest import (
     Bounds,
@@ -29,7 +32,13 @@ from dicomnode.imaging.manifest import (
     manifest_to_yaml,
 )
 from dicomnode.imaging.networks import build_generator
-from dicomnode.imaging.package import FILES, read_golden, read_package, write_package
+from dicomnode.imaging.package import (
+    FILES,
+    read_golden,
+    read_package,
+    read_weights,
+    write_package,
+)
 
 WINDOW = Window(-1024.0, 3071.0)
 DENOISER = Manifest(
@@ -155,7 +164,7 @@ def test_a_golden_file_with_pickled_objects_is_refused(tmp_path: Path) -> None:
         ("residual: true", "residual: 'yes'", r"manifest\.output\.residual: want bool"),
         ("kind: window", "kind: histogram", r"intensity\.kind: 'histogram'"),
         ("low: -1024.0", "low: 4000.0", "is empty"),
-        ("slices: 1\n", "slices: 3\n", r"input\.slices"),
+        ("slices: 1\n", "slices: 4\n", r"input\.slices"),
         ("name: small-denoiser\nv", "name: ../../etc\nv", r"manifest\.name"),
         ("version: 1.2.0\ntask", "task", r"manifest\.version: missing"),
         ("max_mean_change: 5.0", "max_mean_change: many", r"qa\.max_mean_change: want float"),
@@ -213,3 +222,114 @@ def test_an_identity_package_needs_no_window(tmp_path: Path) -> None:
     )
     package = write_package(tmp_path / "m", manifest, {}, golden(), "# Card\n", tolerance=0.0)
     assert package.manifest.input.intensity == Unscaled()
+
+
+def test_a_link_out_of_a_package_is_not_followed(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    outside = tmp_path / "outside.md"
+    (path / "MODEL_CARD.md").rename(outside)
+    (path / "MODEL_CARD.md").symlink_to(outside)
+    with pytest.raises(PackageError, match=r"MODEL_CARD\.md is not a plain file"):
+        read_package(path)
+
+
+def test_a_pipe_in_a_package_does_not_hang_the_node(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    (path / "golden.npz").unlink()
+    os.mkfifo(path / "golden.npz")
+    with pytest.raises(PackageError, match=r"golden\.npz is not a plain file"):
+        read_package(path)
+
+
+def test_sums_of_files_elsewhere_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    text = (path / "SHA256SUMS").read_text()
+    (path / "SHA256SUMS").write_text(text.replace("golden.npz", "../m/golden.npz"))
+    with pytest.raises(PackageError, match="must list exactly"):
+        read_package(path)
+
+
+@pytest.mark.parametrize("length", [1 << 62, 5 << 20, 10**6])
+def test_a_header_of_weights_that_claims_too_much_is_not_parsed(
+    tmp_path: Path, length: int
+) -> None:
+    path = write(tmp_path / "m")
+    weights = path / "weights.safetensors"
+    body = b"{" * (6 << 20) if length == 5 << 20 else weights.read_bytes()[8:]
+    weights.write_bytes(length.to_bytes(8, "little") + body)
+    reseal(path)
+    with pytest.raises(PackageError, match=f"header claims {length} bytes"):
+        read_weights(read_package(path))
+
+
+def test_weights_that_change_after_they_were_verified_are_refused(tmp_path: Path) -> None:
+    package = read_package(write(tmp_path / "m"))
+    weights = package.path / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(PackageError, match="changed since"):
+        read_weights(package)
+    reseal(package.path)  # and new sums do not help: the digest was another one
+    with pytest.raises(PackageError, match="changed since"):
+        read_weights(package)
+
+
+def test_an_array_that_promises_terabytes_is_refused_without_the_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "m")
+    header = io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 1 << 10, 1 << 10)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(path / "golden.npz", "w") as archive:
+        archive.writestr("source.npy", header.getvalue() + bytes(64))
+    with pytest.raises(PackageError, match="less than it promises"):
+        read_golden(path)
+
+
+@pytest.mark.parametrize("cut", [10, 200, -30])
+def test_a_golden_file_that_was_cut_is_refused(tmp_path: Path, cut: int) -> None:
+    path = write(tmp_path / "m")
+    (path / "golden.npz").write_bytes((path / "golden.npz").read_bytes()[:cut])
+    with pytest.raises(PackageError, match="golden"):
+        read_golden(path)
+
+
+def test_versions_live_side_by_side(tmp_path: Path) -> None:
+    newer = replace(DENOISER, version="1.3.0")
+    write(tmp_path / "small-denoiser")
+    write(tmp_path / "small-denoiser@1.3.0", newer)
+    found = [read_package(p).version for p in sorted(tmp_path.iterdir())]
+    assert found == ["1.2.0", "1.3.0"]
+    (tmp_path / "small-denoiser@1.3.0").rename(tmp_path / "small-denoiser@2.0.0")
+    with pytest.raises(PackageError, match=r"holds small-denoiser@1\.3\.0"):
+        read_package(tmp_path / "small-denoiser@2.0.0")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("normalisation: none", "normalisation: instance", r"input\.grid: exact needs both ends"),
+        ("acceptance: {}", "acceptance: {fp4: {mean_abs: 1, p999_abs: 2}}", "no number format fp4"),
+        ("acceptance: {}", "acceptance: {bf16: {mean_abs: 1}}", r"bf16\.p999_abs: missing"),
+        ("  side: 1024", "  side: 8", r"tiling\.side"),
+        ("multiple: 2", "multiple: 0", r"padding\.multiple"),
+    ],
+)
+def test_a_manifest_that_cannot_be_kept_is_refused(old: str, new: str, reason: str) -> None:
+    text = manifest_to_yaml(DENOISER)
+    assert old in text
+    with pytest.raises(PackageError, match=reason):
+        manifest_from_yaml(text.replace(old, new).encode())
+
+
+def test_monai_reads_what_a_package_takes_and_gives(tmp_path: Path) -> None:
+    metadata = monai_metadata(read_package(write(tmp_path / "m")))
+    image = metadata["network_data_format"]["inputs"]["image"]
+    assert (image["format"], image["num_channels"], image["value_range"]) == (
+        "hounsfield",
+        1,
+        [-1, 1],
+    )
+    assert image["spatial_shape"] == ["2*n", "2*n"]
+    assert metadata["version"] == "1.2.0"
+    assert json.loads(json.dumps(metadata)) == metadata
+    required = ["version", "monai_version", "pytorch_version", "numpy_version", "task"]
+    assert not {*required, "description", "authors", "copyright"} - metadata.keys()

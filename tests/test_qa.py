@@ -15,7 +15,14 @@ from dicomnode.imaging.intensity import Unscaled, Window
 from dicomnode.imaging.manifest import Bounds, Range
 from dicomnode.imaging.package import ModelPackage, read_package
 from dicomnode.imaging.volume import Volume, volume_from_datasets
-from dicomnode.qa import Finding, assess, check_bounds, check_limits, findings_as_data
+from dicomnode.qa import (
+    Finding,
+    assess,
+    check_bounds,
+    check_limits,
+    findings_as_data,
+    observations,
+)
 from tests.factories import ct_series
 
 
@@ -192,5 +199,25 @@ def test_findings_are_json_that_every_program_reads(package: ModelPackage) -> No
 
 def test_a_limit_on_what_is_not_measured_is_refused(package: ModelPackage) -> None:
     check_limits(_with(package, qa={"max_mean_change": 1.0, "max_clipped_fraction": 0.1}))
-    with pytest.raises(PackageError, match=r"manifest.qa: unknown limits max_mean_chnge"):
+    with pytest.raises(PackageError, match=r"manifest.qa: nothing measures max_mean_chnge;"):
         check_limits(_with(package, qa={"max_mean_chnge": 1.0}))
+
+
+def test_a_change_between_two_units_is_neither_measured_nor_limited(package: ModelPackage) -> None:
+    made = dataclasses.replace(package.manifest.output, unit="AU", residual=False)
+    other = _with(package, output=made, qa={"max_clipped_fraction": 0.5})
+    source = _body()
+    assert set(_assessed(other, source, source.voxels)) == {"finite", "clipped_fraction"}
+    with pytest.raises(PackageError, match="nothing measures max_mean_change"):
+        check_limits(_with(other, qa={"max_mean_change": 1.0}))
+
+
+def test_what_a_reader_should_know_of_the_source_is_told_and_nothing_else() -> None:
+    straight, datasets = _series()
+    assert observations(straight, 0) == []
+    for index, dataset in enumerate(datasets):
+        dataset.ImagePositionPatient = [0, 3.0 * index, 2.5 * index]
+    tilted, _ = volume_from_datasets(datasets)
+    tilt, ignored = sorted(observations(tilted, 2), key=lambda finding: -finding.value)
+    assert (tilt.name, round(tilt.value, 1), tilt.ok) == ("tilt_degrees", 50.2, True)
+    assert (ignored.name, ignored.value, ignored.limit) == ("ignored_instances", 2, None)

@@ -1,18 +1,28 @@
 """Deleting what is old, and never what somebody may still need."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from dicomnode.config import RetentionSection
+from dicomnode import retention
+from dicomnode import tables as t
+from dicomnode.audit import storage_faults
+from dicomnode.config import RetentionSection, config_from_mapping
 from dicomnode.history import History
-from dicomnode.jobs import Job, Jobs
+from dicomnode.jobs import Job, Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event, State
 from dicomnode.retention import purge
+from dicomnode.scp import StorageScp
+from dicomnode.scu import Address, send_instances
+from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions
+from tests.factories import ct_series, write_series
 
 RULES = RetentionSection(received_hours=24, results_hours=168)
 HOUR = 3600.0
@@ -46,7 +56,7 @@ class Shelf:
         path = self.spool.result_path("2.1", "2.1.1")
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"derived")
-        self.jobs.derived(job, "2.1", [("2.1.1", "1.2")], ["pacs"], {}, event, 2)
+        self.jobs.derived(job, [Output("2.1", "2.1.1", "1.2")], ["pacs"], {}, event, 2)
 
     def deliver(self) -> None:
         (due,) = self.jobs.due_deliveries(3)
@@ -96,7 +106,10 @@ def test_the_rows_stay_and_the_timeline_says_so(shelf: Shelf) -> None:
     assert shelf.journal.known("1.1.1") == ("1.1", "0" * 64, True)
     series = History(shelf.database).one_series("1.1")
     assert series is not None
-    assert series["timeline"][-1]["text"] == "received files deleted after 24 hours"
+    assert [event["text"] for event in series["timeline"]][-2:] == [
+        "received files deleted after 24 hours",
+        "derived files of job 1 deleted after 168 hours",
+    ]
 
 
 def test_purging_again_changes_nothing(shelf: Shelf) -> None:
@@ -195,6 +208,102 @@ def test_a_file_that_is_just_coming_in_stays(shelf: Shelf) -> None:
     assert [uid for _, uid, _ in shelf.spool.stored()] == ["1.1.2"]
 
 
+def _crash_before_deleting(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
+    """The rows are marked; then the node ends."""
+    with monkeypatch.context() as patch:
+        patch.setattr(retention, "_REMOVE", {})
+        with pytest.raises(KeyError):
+            purge(shelf.database, shelf.spool, RULES, hours * HOUR)
+
+
+def test_what_a_crash_left_of_a_purge_goes_at_the_next(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _done(shelf)
+    _crash_before_deleting(shelf, monkeypatch, 1000)
+    assert any(shelf.spool.stored())
+    assert shelf.purge(1000) == (False, False)
+    assert shelf.database.read(select(t.removals)) == []
+
+
+def test_an_instance_that_came_again_after_such_a_crash_stays(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _done(shelf)
+    shelf.receive(2)
+    assert shelf.close() is None
+    _crash_before_deleting(shelf, monkeypatch, 30)
+    shelf.receive(2, at=31 * HOUR)  # its old file is still there
+    shelf.purge(32)
+    assert [uid for _, uid, _ in shelf.spool.stored()] == ["1.1.2"]
+
+
+def test_an_instance_that_comes_again_while_its_file_is_to_go_stays(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the list of the files was read, before any is deleted."""
+    _done(shelf)
+    real = shelf.database.read
+
+    def read(query: Any, values: Any = None) -> list[Any]:
+        rows = real(query, values)
+        if str(query).startswith("SELECT instances.sop_instance_uid"):
+            shelf.receive(1, at=30 * HOUR)
+        return rows
+
+    monkeypatch.setattr(shelf.database, "read", read)
+    shelf.purge(30)
+    assert [uid for _, uid, _ in shelf.spool.stored()] == ["1.1.1"]
+    assert shelf.journal.known("1.1.1") == ("1.1", "0" * 64, False)
+
+
+def test_a_folder_that_cannot_be_deleted_is_tried_again(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    _done(shelf)
+    in_the_way = shelf.spool.path("1.1", "1.1.1")
+    in_the_way.unlink()
+    in_the_way.mkdir()  # a folder where the file was: not even root can unlink it
+    assert shelf.purge(1000)[1] is False  # the others go all the same
+    assert "received of series 1.1 cannot be deleted" in caplog.text
+    in_the_way.rmdir()
+    in_the_way.write_bytes(b"received")
+    assert shelf.purge(1001) == (False, False)
+
+
+def test_results_another_job_may_just_be_writing_stay(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A series came again and is translated anew, to the same UIDs, when a purge goes on."""
+    _done(shelf)
+    _crash_before_deleting(shelf, monkeypatch, 1000)
+    shelf.receive(2, at=1000 * HOUR)
+    again = shelf.close("r")
+    assert again is not None
+    assert shelf.purge(1001)[1]
+    shelf.derive(again)
+    assert shelf.purge(1002)[1]  # known, and to be sent
+    shelf.deliver()
+    assert not shelf.purge(5000)[1]
+
+
+def test_results_no_job_knows_go_when_they_are_old(shelf: Shelf) -> None:
+    """Their translation was overtaken by late instances."""
+    path = shelf.spool.result_path("2.9", "2.9.1")
+    path.parent.mkdir()
+    path.write_bytes(b"overtaken")
+    written = path.parent.stat().st_mtime
+    assert purge(shelf.database, shelf.spool, RULES, written + 167.9 * HOUR) == 0
+    assert purge(shelf.database, shelf.spool, RULES, written + 168.1 * HOUR) == 1
+    assert not path.parent.exists()
+
+
+def test_results_that_are_just_being_written_stay_even_if_none_are_kept(shelf: Shelf) -> None:
+    shelf.spool.result_path("2.9", "2.9.1").parent.mkdir()
+    none_kept = RetentionSection(received_hours=0, results_hours=0)
+    assert purge(shelf.database, shelf.spool, none_kept, time.time() + 60) == 0
+
+
 def test_what_a_peer_asked_to_commit_stays_until_it_was_told(shelf: Shelf) -> None:
     shelf.receive(1)
     assert shelf.close() is None
@@ -206,3 +315,39 @@ def test_what_a_peer_asked_to_commit_stays_until_it_was_told(shelf: Shelf) -> No
     (transaction,) = transactions.due(Commitment.REPORTING, 10)
     transactions.reported(transaction, 10)
     assert shelf.purge(LATE / HOUR) == (False, False)
+
+
+class PurgedInBetween(Journal):
+    """Retention runs at the worst moment: when an instance was found stored, before its row says
+    that it came again."""
+
+    shelf: Shelf
+    times = 0
+
+    def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
+        if self.known(arrival.sop_instance_uid):
+            for seen in self.open_series():
+                self.shelf.jobs.close_series(seen, "", [], [], now)
+            self.times += purge(self.shelf.database, self.shelf.spool, RULES, now + LATE)
+        return super().record_instance(arrival, now, late=late)
+
+
+@pytest.mark.network
+def test_what_is_acknowledged_while_retention_runs_is_there(shelf: Shelf, tmp_path: Path) -> None:
+    peers = {"scanner": {"ae_title": "CT1", "host": "127.0.0.1"}}
+    node = {"data_dir": str(tmp_path), "bind": "127.0.0.1", "port": 0}
+    config = config_from_mapping({"node": node, "peers": peers}, tmp_path)
+    journal = PurgedInBetween(shelf.database)
+    journal.shelf = shelf
+    scp = StorageScp(config, shelf.spool, journal, Carriers(), ())
+    files = write_series(ct_series(1, 16, 16), tmp_path / "source")
+    answers: list[int] = []
+    scp.start()
+    try:
+        address = Address("127.0.0.1", scp.port, "DICOMNODE", "CT1")
+        for _ in range(2):
+            send_instances(files, address, lambda _, status: answers.append(status))
+    finally:
+        scp.drain(5)
+    assert (answers, journal.times) == ([0, 0], 1)
+    assert list(storage_faults(shelf.database, shelf.spool)) == [1]

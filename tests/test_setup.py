@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -173,6 +174,32 @@ def test_a_service_may_not_start_while_packages_are_installed(tmp_path: Path) ->
     assert done.returncode == 0
     assert done.stderr.split() == ["101", "101"]  # apt-get update, apt-get install
     assert not policy.exists()
+
+
+def test_javascript_that_npm_cannot_fetch_is_one_line_and_no_error(tmp_path: Path) -> None:
+    script = tmp_path / "packages"
+    shutil.copy(ROOT / ".ci/packages", script)
+    (tmp_path / "node").mkdir()
+    shutil.copy(ROOT / ".ci/node/package-lock.json", tmp_path / "node")
+    path = _tools(tmp_path, user="1000")
+    (tmp_path / "tools/npm").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "tools/npm").chmod(0o755)
+    done = _run(script, {"PATH": path})
+    assert done.returncode == 0
+    assert ".ci/node: the tests that need it skip" in done.stdout.splitlines()[-1]
+    (tmp_path / "tools/npm").write_text('#!/bin/sh\nmkdir -p "$3/node_modules"\n')
+    assert _run(script, {"PATH": path}).returncode == 0
+    (tmp_path / "tools/npm").write_text("#!/bin/sh\necho again\nexit 1\n")
+    assert "JavaScript" not in _run(script, {"PATH": path}).stdout  # it is there already
+
+
+def test_javascript_is_pinned_with_its_sums() -> None:
+    lock = json.loads((ROOT / ".ci/node/package-lock.json").read_text("utf-8"))
+    wanted = json.loads((ROOT / ".ci/node/package.json").read_text("utf-8"))["dependencies"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted.values())
+    installed = {name: of for name, of in lock["packages"].items() if name}
+    assert all(of["integrity"].startswith("sha512-") for of in installed.values())
+    assert {name: installed[f"node_modules/{name}"]["version"] for name in wanted} == wanted
 
 
 def _tools(folder: Path, user: str, apt: str | None = None) -> str:

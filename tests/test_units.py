@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
-from skimage.filters import threshold_otsu
 
-from dicomnode.errors import PackageError, SeriesRefused
-from dicomnode.imaging.percentiles import Percentiles, foreground, otsu_threshold
+from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.pixels import Encoding, encoding_of, stored_values
 from dicomnode.imaging.units import Calibration, calibrate, encoding_in_unit
 from dicomnode.imaging.volume import volume_from_datasets
 from tests.factories import changed, ct_series, enhanced, pet_series
-
-NODE = Path("/usr/bin/node")
-JUDGES = Path(os.environ.get("DICOMNODE_NODE_MODULES", "/usr/local/lib/node_modules"))
-"""Where ``npm install --global @cornerstonejs/calculate-suv`` puts the judge."""
+from tests.judges import NODE, SUV_PACKAGE, require
 
 HALF_LIFE, DOSE, WEIGHT = 6586.2, 370e6, 70.0
 
@@ -250,74 +243,6 @@ def test_real_suv_images_are_taken_as_they_are(real_dicom: Path) -> None:
         assert 5 < volume.voxels.max() < 30
 
 
-def patient(seed: int = 1, gain: float = 1.0) -> NDArray[np.float32]:
-    """(6, 48, 48), AU: a bright patient, with a dark hole, in a noisy background."""
-    rng = np.random.default_rng(seed)
-    z, y, x = np.indices((6, 48, 48))
-    inside = (y - 24) ** 2 + (x - 24) ** 2 < 18**2
-    hole = (y - 20) ** 2 + (x - 24) ** 2 < 9
-    values = np.where(inside & ~hole, rng.normal(600, 60, z.shape), rng.normal(20, 8, z.shape))
-    return (gain * np.abs(values)).astype(np.float32)
-
-
-def test_the_foreground_is_the_patient_with_its_holes() -> None:
-    voxels = patient()
-    voxels[:, :4, :4] = 500  # something small beside the patient
-    y, x = np.indices((48, 48))
-    assert np.array_equal(foreground(voxels)[2], (y - 24) ** 2 + (x - 24) ** 2 < 18**2)
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_otsu_is_the_threshold_of_scikit_image(seed: int) -> None:
-    values = patient(seed).ravel()
-    ours = otsu_threshold(values)
-    assert np.mean((values > ours) != (values > threshold_otsu(values))) < 1e-3  # other bins
-    spiked = np.append(values, np.float32(1e6))
-    assert np.array_equal(spiked > otsu_threshold(spiked), spiked > ours)
-
-
-@settings(max_examples=30, deadline=None)
-@given(gain=st.floats(1e-3, 1e3), slices=st.permutations(range(6)))
-def test_percentiles_do_not_depend_on_gain_or_slice_order(gain: float, slices: list[int]) -> None:
-    plain, scaled = patient(), patient(gain=gain)[slices]
-    one = Percentiles().window_of(plain).to_network(plain)[slices]
-    other = Percentiles().window_of(scaled).to_network(scaled)
-    assert np.allclose(one, other, atol=2e-3)
-
-
-def test_percentiles_of_the_foreground_are_the_ends_of_the_network_range() -> None:
-    voxels = patient()
-    window = Percentiles(5, 95).window_of(voxels)
-    inside = window.to_network(voxels)[foreground(voxels)]
-    assert abs(float((inside <= -1 + 1e-6).mean()) - 0.05) < 0.002
-    assert abs(float((inside >= 1 - 1e-6).mean()) - 0.05) < 0.002
-    kept = np.abs(inside) < 1 - 1e-6
-    back = window.from_network(inside)[kept]
-    assert np.allclose(back, voxels[foreground(voxels)][kept], rtol=1e-5)
-
-
-def test_padding_is_no_foreground() -> None:
-    voxels = patient()
-    padding = np.zeros(voxels.shape, dtype=bool)
-    padding[:, :, :10] = padding[:, 30:32, 22:24] = True
-    padded = np.where(padding, np.float32(30000), voxels)
-    assert not foreground(padded, padding)[padding].any()
-    high = Percentiles().window_of(padded, padding).high
-    assert abs(high - Percentiles().window_of(voxels).high) < 20
-
-
-def test_a_volume_of_one_value_has_no_contrast() -> None:
-    for voxels in (np.zeros((2, 8, 8), np.float32), np.full((2, 8, 8), 7, np.float32)):
-        with pytest.raises(SeriesRefused) as caught:
-            Percentiles().window_of(voxels)
-        assert caught.value.code == "NO_CONTRAST"
-
-
-def test_percentiles_that_are_none_are_refused() -> None:
-    with pytest.raises(PackageError, match="percentiles"):
-        Percentiles(60, 40)
-
-
 _ASK = """
 const {calculateSUVScalingFactors} = require(process.argv[1]);
 const instances = JSON.parse(require('fs').readFileSync(0));
@@ -328,12 +253,10 @@ console.log(JSON.stringify(calculateSUVScalingFactors(instances).map(f => f.suvb
 
 def judged(series: list[Dataset]) -> list[float]:
     """The factor of each instance by OHIF's calculate-suv."""
-    judge = JUDGES / "@cornerstonejs" / "calculate-suv"
-    if not NODE.exists() or not judge.is_dir():
-        pytest.skip(f"no {judge} (npm install --global @cornerstonejs/calculate-suv) or no {NODE}")
+    require(NODE, SUV_PACKAGE)
     asked = [_metadata(ds) for ds in series]
     done = subprocess.run(
-        [str(NODE), "-e", _ASK, str(judge)],
+        [str(NODE), "-e", _ASK, str(SUV_PACKAGE)],
         input=json.dumps(asked),
         capture_output=True,
         text=True,

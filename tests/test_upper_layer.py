@@ -1,10 +1,12 @@
 """The acceptor of PS3.8 against its own table, against raw bytes and against pynetdicom."""
 
 import hashlib
+import os
 import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
@@ -206,6 +208,53 @@ def test_a_data_set_is_kept_as_received_in_fragments_of_any_size(
     assert (received.size, received.file_size) == (len(sent), path.stat().st_size)
     assert path.read_bytes().endswith(sent)
     assert (requestor.calling_ae, requestor.called_ae) == ("WIRE", "DICOMNODE")
+
+
+def test_many_large_data_sets_are_hashed_as_they_are_sent(open_wire: Wire, handler: Folder) -> None:
+    """They are gathered in one block, which serves them all."""
+    for number in range(6):
+        sent = os.urandom(4_194_304 + 40 * (number % 2))
+        assert open_wire.status(wire.store(sent, f"1.2.{number}", 131_000))[1] == 0
+        digest = hashlib.sha256(sent).hexdigest()
+        path = next(path for path in handler.kept() if path.name.startswith(f"1.2.{number}."))
+        assert handler.received[-1][1].sha256 == digest == dataset_digest(path)[0]
+
+
+def test_a_pdu_of_two_fragments_among_others_is_two_fragments(
+    open_wire: Wire, handler: Folder
+) -> None:
+    one, two = (wire.pdv(3, 0, os.urandom(50)) for _ in range(2))
+    values = [one, two, one + two, two, two + one + one, one]
+    data = b"".join(wire.pdu(wire.P_DATA, value) for value in values)
+    open_wire.status(wire.p_data(3, 3, wire.store_rq()) + data + wire.p_data(3, 2, b"end"))
+    fragments = {one: one[6:], two: two[6:]}
+    sent = b"".join(fragments[o] for o in (one, two, one, two, two, two, one, one, one)) + b"end"
+    assert handler.received[0][1].sha256 == hashlib.sha256(sent).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        wire.p_data(1, 0, bytes(100)),
+        wire.p_data(5, 0, bytes(100)),
+        wire.p_data(3, 1, bytes(100)),
+        wire.p_data(3, 0, bytes(5000)),
+        wire.pdu(wire.P_DATA, struct.pack(">LBB", 200, 3, 0) + bytes(100)),
+        wire.pdu(wire.P_DATA, struct.pack(">LBB", 1, 3, 0)),
+        wire.pdu(9, struct.pack(">LBB", 102, 3, 0) + bytes(100)),
+    ],
+    ids=["context", "no context", "command", "too long", "longer", "empty", "type"],
+)
+def test_a_stray_pdu_among_many_is_found(handler: Folder, stray: bytes) -> None:
+    """They come at once, so that those before it are taken together."""
+    listener = listening(handler, Limits(max_pdu_bytes=4096, artim_seconds=2))
+    fragments = wire.p_data(3, 0, bytes(100)) * 20
+    message = wire.p_data(3, 3, wire.store_rq()) + fragments + stray + fragments
+    with Wire(listener.port) as peer:
+        peer.associate()
+        assert peer.ask(message + wire.p_data(3, 2, b"")) == (wire.ABORT, ANY)
+    listener.drain(0)
+    assert handler.half() == handler.kept() == []
 
 
 def test_the_file_says_where_it_came_from(open_wire: Wire, handler: Folder) -> None:

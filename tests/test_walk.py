@@ -187,26 +187,6 @@ def test_two_associations_for_one_series_make_one_result(
     assert archive.count() == 11
 
 
-def test_late_slices_give_a_new_generation_and_say_so(
-    both: tuple[Node, Archive], tmp_path: Path
-) -> None:
-    node, archive = both
-    files = written(ct_series(slices=10), tmp_path / "source")
-    assert send(STORESCU, files[:7], node.port).returncode == 0
-    node.wait_settled(series_uid(files))
-    assert send(STORESCU, files[7:], node.port).returncode == 0
-
-    def second_job() -> Any:
-        settled = node.wait_settled(series_uid(files))
-        return settled if len(settled["jobs"]) == 2 else None
-
-    settled = wait_for(second_job, "the second generation")
-    assert [job["generation"] for job in settled["jobs"]] == [1, 2]
-    assert archive.count() == 17
-    assert any("late instances" in event["text"] for event in settled["timeline"])
-    assert any("both will be there" in event["text"] for event in settled["timeline"])
-
-
 def test_what_cannot_be_translated_says_why_and_is_kept(
     both: tuple[Node, Archive], tmp_path: Path
 ) -> None:
@@ -240,7 +220,7 @@ def test_the_real_odd_series_are_refused_with_a_reason(
     node, archive = both
     cases = {
         "odd/ct_inconsistent_slice_increment_GE": "MISSING_SLICES",
-        "odd/ct_same_position_bolus_monitoring": "DUPLICATE_POSITIONS",
+        "odd/ct_same_position_bolus_monitoring": "SINGLE_SLICE",
         "mr/brain_FLAIR_REMBRANDT_HF0990": "Modality is MR, not CT",
     }
     for folder in cases:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
 from dicomnode.imaging.intensity import Intensity
+from dicomnode.imaging.percentiles import Percentiles, intensity_of
 from dicomnode.imaging.volume import Unit
 
 
@@ -39,7 +42,7 @@ class GeneratorSpec:
 class Padding:
     """How a slice is brought to the generator's multiple; the result is cropped back."""
 
-    mode: Literal["reflect", "replicate"] = "reflect"
+    mode: Literal["reflect", "replicate", "air"] = "reflect"
     multiple: int = 1
 
 
@@ -49,12 +52,22 @@ class InputSpec:
 
     modality: str
     unit: Unit
-    intensity: Intensity
+    intensity: Intensity | Percentiles
+    """Percentiles: of each volume as a whole, for AU only, which has no scale of its own."""
     slices: int = 1
     spacing_mm: Range = Range()
     matrix: Range = Range()
     field_of_view_mm: Range = Range()
     padding: Padding = Padding()
+    grid: Literal["any", "exact", "resample"] | None = None
+    """Slices of another matrix or field of view than `matrix` and `field_of_view_mm` say: taken as
+    they are, refused, or brought to the trained grid and the result back. None: `exact` with
+    instance normalisation, else `any`."""
+
+    def trained_matrix(self) -> int:
+        """Rows and columns of the one matrix the model was trained on; 0: it is not one."""
+        low, high = self.matrix.min, self.matrix.max
+        return int(low) if low is not None and low == high else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +76,36 @@ class OutputSpec:
 
     modality: str
     unit: Unit
-    intensity: Intensity
+    intensity: Intensity | Percentiles
+    """Percentiles: those of the input, which the result then has the window of."""
     residual: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Whether a slice may be cut in tiles, and by how many pixels they must then overlap."""
+    """Whether a slice may be cut in tiles, and by how many pixels they must then overlap.
+
+    Only where it changes no bit: no statistics of the slice, and an overlap that covers the
+    receptive field.
+    """
 
     allowed: bool = False
     overlap: int = 0
+    side: int = 1024
+    """Slices with more rows or columns are cut into tiles of at most this side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """For one number format: how far it may be from fp32, in the output's unit."""
+
+    mean_abs: float
+    p999_abs: float
+    """The 99.9th percentile of the absolute difference of voxels."""
+    slices: int = 0
+    """Validation slices on which this was found to hold."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What was found there, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +155,76 @@ class Manifest:
     validation: Mapping[str, Any] = field(default_factory=dict)
     qa: Mapping[str, float] = field(default_factory=dict)
     """Limits of a plausible result, by name (dicomnode/qa.py)."""
+    acceptance: Mapping[str, Acceptance] = field(default_factory=dict)
+    """Number formats beside fp32 that this model may be run in: fp16, bf16, int8."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
             raise PackageError("manifest.name: use letters, digits, '-' and '_'")
-        if self.input.slices != 1:
-            raise PackageError("manifest.input.slices: this version runs 2-D generators only (1)")
+        if not 1 <= self.input.slices <= 31 or self.input.slices % 2 == 0:
+            raise PackageError("manifest.input.slices: an odd number from 1 to 31")
+        if not 1 <= self.input.padding.multiple <= 1024:
+            raise PackageError("manifest.input.padding.multiple: from 1 to 1024")
+        if unknown := sorted(self.acceptance.keys() - {"fp16", "bf16", "int8"}):
+            raise PackageError(f"manifest.acceptance: no number format {', '.join(unknown)}")
+        self._check_grid()
         if self.output.residual and self.input.unit != self.output.unit:
             raise PackageError("manifest.output.residual: the units of input and output differ")
+
+    @property
+    def grid(self) -> Literal["any", "exact", "resample"]:
+        """What happens to slices of another grid than the trained one."""
+        return self.input.grid or ("exact" if self.normalisation == "instance" else "any")
+
+    def _check_grid(self) -> None:
+        """Statistics of a slice hold for its trained matrix and field of view, and nowhere else."""
+        ranges = (self.input.matrix, self.input.field_of_view_mm)
+        bounded = all(range_.min and range_.max for range_ in ranges)
+        if self.grid != "any" and not bounded:
+            raise PackageError(
+                f"manifest.input.grid: {self.grid} needs both ends of input.matrix and of"
+                " input.field_of_view_mm"
+            )
+        if self.grid == "resample" and not self.input.trained_matrix():
+            raise PackageError("manifest.input.matrix: resample needs min equal to max")
+        if self.normalisation == "instance" and self.grid == "any":
+            raise PackageError(
+                "manifest.input.grid: with instance normalisation a result depends on matrix and"
+                " field of view; give exact or resample"
+            )
+        if self.normalisation == "instance" and self.tiling.allowed:
+            raise PackageError("manifest.tiling: not with instance normalisation")
+        if self.tiling.allowed and self.tiling.side < 64:
+            raise PackageError("manifest.tiling.side: at least 64")
+        self._check_percentiles()
+
+    def _check_percentiles(self) -> None:
+        """A window of percentiles belongs to the source: only there can it be measured."""
+        given, made = self.input, self.output
+        if isinstance(given.intensity, Percentiles) and given.unit != "AU":
+            raise PackageError(f"manifest.input.intensity: {given.unit} has a scale; use a window")
+        measured = (made.intensity, made.unit) == (given.intensity, given.unit)
+        if isinstance(made.intensity, Percentiles) and not measured:
+            raise PackageError(
+                "manifest.output.intensity: percentiles of a result are not known before it is "
+                "made; use a window, or the input's own percentiles"
+            )
+
+    def intensities_of(
+        self, voxels: NDArray[np.float32], padding: NDArray[np.bool_] | None = None
+    ) -> tuple[Intensity, Intensity]:
+        """How the values of one volume, and those of its result, are mapped.
+
+        Args:
+            voxels: (slices, rows, columns), float32, in the input's unit: the whole volume.
+            padding: same shape, bool: True where there is no image; None: nowhere.
+
+        Raises:
+            SeriesRefused: NO_CONTRAST: percentiles of a volume without an image.
+        """
+        given = intensity_of(self.input.intensity, voxels, padding)
+        made = self.output.intensity
+        return given, given if isinstance(made, Percentiles) else made
 
 
 def manifest_from_yaml(text: bytes) -> Manifest:

@@ -11,9 +11,12 @@ Every file is checked for its size and its sum before anything of it is parsed.
 
 import hashlib
 import io
+import math
 import os
 import shutil
+import stat
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ from dicomnode.imaging.manifest import Manifest, manifest_from_yaml, manifest_to
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dicomnode.imaging.networks import Generator
+
 MiB = 1 << 20
 FILES: Mapping[str, int] = {
     "manifest.yaml": MiB // 4,
@@ -37,6 +42,10 @@ FILES: Mapping[str, int] = {
 }
 """Every file of a package, with the largest size in bytes that is read."""
 SUMS = "SHA256SUMS"
+LARGEST_HEADER = 4 * MiB
+"""Of weights.safetensors: names, shapes and places of all tensors, as JSON."""
+LARGEST_GOLDEN = 64 * MiB
+"""Of golden.npz, unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ def read_package(path: Path) -> ModelPackage:
     listed = _parse_sums(name, sums)
     if listed.keys() != FILES.keys():
         raise PackageError(f"{name}: SHA256SUMS must list exactly {', '.join(sorted(FILES))}")
+    folder, at, version = name.partition("@")
     unlisted = {p.name for p in path.iterdir() if p.name[0] != "."} - FILES.keys() - {SUMS}
     if unlisted:
         raise PackageError(f"{name}: not listed in SHA256SUMS: {', '.join(sorted(unlisted))}")
@@ -90,7 +100,31 @@ def read_package(path: Path) -> ModelPackage:
         manifest = manifest_from_yaml(text)
     except PackageError as error:
         raise PackageError(f"{name}: {error}") from error
+    if at and (folder, version) != (manifest.name, manifest.version):
+        raise PackageError(f"{name}: holds {manifest.name}@{manifest.version}; name the folder so")
     return ModelPackage(path, manifest, hashlib.sha256(sums).hexdigest())
+
+
+def read_weights(package: ModelPackage) -> bytes:
+    """weights.safetensors as it was when the package was verified.
+
+    Raises:
+        PackageError: it has changed since, or its header is not that of a file of weights.
+    """
+    name, file = package.name, "weights.safetensors"
+    sums = _read(package.path, SUMS, MiB // 16)
+    data = _read(package.path, file, FILES[file])
+    listed = _parse_sums(name, sums).get(file)
+    if hashlib.sha256(sums).hexdigest() != package.digest or (
+        hashlib.sha256(data).hexdigest() != listed
+    ):
+        raise PackageError(f"{name}: {file} changed since the node started; restart the node")
+    header = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or header > min(LARGEST_HEADER, len(data) - 8):
+        raise PackageError(
+            f"{name}: {file} is not a file of weights: its header claims {header} bytes"
+        )
+    return data
 
 
 def read_golden(path: Path) -> Golden:
@@ -102,16 +136,32 @@ def read_golden(path: Path) -> Golden:
     data = _read(path, "golden.npz", FILES["golden.npz"])
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > 64 * MiB:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST_GOLDEN:
                 raise PackageError(f"{path.name}: golden.npz unpacks to more than 64 MiB")
+            for entry in archive.infolist():
+                _check_array(archive, entry)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             source, result = arrays["source"], arrays["result"]
             golden = Golden(source, result, float(arrays["tolerance"]))
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError) as error:
         raise PackageError(f"{path.name}: golden.npz: {error}") from error
     if source.ndim != 3 or source.shape != result.shape or source.dtype != np.float32:
         raise PackageError(f"{path.name}: golden.npz: want float32 (slices, rows, columns) twice")
     return golden
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """
+    Raises:
+        ValueError: the header promises more values than the entry holds: numpy would take the
+            memory for them before it reads the first.
+    """
+    with archive.open(entry) as stream:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{entry.filename}: want format 1.0 of numpy")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise ValueError(f"{entry.filename} holds less than it promises")
 
 
 def write_package(
@@ -162,11 +212,7 @@ def _write_arrays(
     from dicomnode.imaging.networks import build_generator, run_generator
 
     generator = build_generator(manifest.generator.architecture, manifest.generator.options)
-    if manifest.input.padding.multiple % generator.multiple:
-        raise PackageError(
-            f"manifest.input.padding.multiple: {manifest.generator.architecture} "
-            f"needs a multiple of {generator.multiple}"
-        )
+    check_generator(manifest, generator)
     try:
         generator.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
@@ -178,14 +224,38 @@ def _write_arrays(
     result = run_generator(
         generator,
         golden_input,
-        manifest.input.intensity,
-        manifest.output.intensity,
+        *manifest.intensities_of(golden_input),
         residual=manifest.output.residual,
         padding=manifest.input.padding.mode,
     )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, source=golden_input, result=result, tolerance=np.float64(tolerance))
     _write(folder / "golden.npz", buffer.getvalue())
+
+
+def check_generator(manifest: Manifest, generator: "Generator") -> None:
+    """Whether what the manifest promises of its generator is so.
+
+    Raises:
+        PackageError: it is not; the key is named.
+    """
+    name = manifest.generator.architecture
+    if manifest.input.padding.multiple % generator.multiple:
+        raise PackageError(
+            f"manifest.input.padding.multiple: {name} needs a multiple of {generator.multiple}"
+        )
+    if manifest.input.slices != generator.slices:
+        raise PackageError(
+            f"manifest.input.slices: {name} takes {generator.slices} with these options"
+        )
+    if generator.uses_statistics != (manifest.normalisation == "instance"):
+        other = "uses" if generator.uses_statistics else "does not use"
+        raise PackageError(f"manifest.normalisation: {name} {other} statistics of the slice")
+    if manifest.tiling.allowed and manifest.tiling.overlap < generator.receptive_field - 1:
+        raise PackageError(
+            f"manifest.tiling.overlap: the receptive field of {name} is "
+            f"{generator.receptive_field} pixels; overlap by as many"
+        )
 
 
 def _parse_sums(name: str, data: bytes) -> dict[str, str]:
@@ -196,8 +266,19 @@ def _parse_sums(name: str, data: bytes) -> dict[str, str]:
         raise PackageError(f"{name}: SHA256SUMS is not what sha256sum writes") from error
 
 
+def _check_plain(folder: Path, file: str) -> None:
+    """A link may lead out of the package, a pipe never ends.
+
+    Raises:
+        PackageError: the file is anything but a plain file in the folder.
+    """
+    if not stat.S_ISREG((folder / file).lstat().st_mode):
+        raise PackageError(f"{folder.name}: {file} is not a plain file; copy it into the folder")
+
+
 def _read(folder: Path, file: str, limit: int) -> bytes:
     try:
+        _check_plain(folder, file)
         with (folder / file).open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
@@ -209,6 +290,7 @@ def _read(folder: Path, file: str, limit: int) -> bytes:
 
 def _sum_of_file(folder: Path, file: str, limit: int) -> str:
     try:
+        _check_plain(folder, file)
         if (folder / file).stat().st_size > limit:
             raise PackageError(f"{folder.name}: {file} is larger than {limit} bytes")
         with (folder / file).open("rb") as stream:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dicomnode.errors import PackageError, SeriesRefused
-from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.intensity import Intensity, Window
 
 _BINS = 256
 _OUTLIERS = 99.9  # percentile above which a value does not stretch the histogram
@@ -52,6 +52,24 @@ class Percentiles:
         if not low < high:
             raise SeriesRefused("NO_CONTRAST", "the volume has no foreground", "send an image")
         return Window(float(low), float(high))
+
+
+def intensity_of(
+    intensity: Intensity | Percentiles,
+    voxels: NDArray[np.float32],
+    padding: NDArray[np.bool_] | None = None,
+) -> Intensity:
+    """How one volume is mapped: percentiles become the window of its own foreground.
+
+    Args:
+        voxels, padding: as in `Percentiles.window_of`.
+
+    Raises:
+        SeriesRefused: NO_CONTRAST.
+    """
+    if isinstance(intensity, Percentiles):
+        return intensity.window_of(voxels, padding)
+    return intensity
 
 
 def foreground(

@@ -38,6 +38,7 @@ _STRICT_PLUGIN = {  # others, if installed, give an image for a truncated frame,
 }
 
 
+_LARGEST_VALUE = 1e30  # far from what float32 can hold, and from anything physical
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # ISO 10918-1, 14495-1
 _CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
 
@@ -169,6 +170,8 @@ def _rescale(dataset: Dataset) -> tuple[float, float]:
     intercept = numbers_of(dataset, "RescaleIntercept", 1, code, default=(0.0,))[0]
     if slope == 0:
         raise refused(code, dataset, "RescaleSlope is 0", remedy)
+    if abs(slope) * 0x10000 + abs(intercept) > _LARGEST_VALUE:
+        raise refused(code, dataset, "RescaleSlope or RescaleIntercept is too large", remedy)
     return slope, intercept
 
 
@@ -192,20 +195,23 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
     Raises:
         SeriesRefused: UNDECODABLE.
     """
+    size = (dataset.Rows, dataset.Columns)
     try:
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:  # decoders allocate what it says
+            coded = _coded_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
+            if coded is not None and coded != size:
+                what = f"holds an image of {coded}"
+                raise refused("UNDECODABLE", dataset, what, "send it again")
         plugin = _STRICT_PLUGIN.get(dataset.file_meta.TransferSyntaxUID, "")
         stored = pixel_array(dataset, raw=True, decoding_plugin=plugin)
+    except SeriesRefused:
+        raise
     except Exception as error:
         raise refused(
             "UNDECODABLE", dataset, f"pixel data: {type(error).__name__}", "send it again"
         ) from error
-    size = (dataset.Rows, dataset.Columns)
     if stored.shape != size or stored.dtype.itemsize != 2:
         raise refused("UNDECODABLE", dataset, f"decodes to {stored.shape}", "send it again")
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        coded = _coded_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
-        if coded is not None and coded != size:
-            raise refused("UNDECODABLE", dataset, f"holds an image of {coded}", "send it again")
     return stored
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from pydicom import Dataset
 
 from dicomnode.errors import SeriesRefused
-from dicomnode.imaging.frames import TRANSLATABLE, Ignored, slices_of
+from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of
+from dicomnode.imaging.limits import check_one_patient
 from dicomnode.imaging.pixels import numbers_of
 from dicomnode.imaging.volume import (
     SAME_DIRECTION,
@@ -52,6 +53,11 @@ class StackOfImages:
     tilt_degrees: float = 0.0
 
     @property
+    def name(self) -> str:
+        """The values in `rule` without their attributes, short enough for a description."""
+        return " ".join(part.rsplit(" ", 1)[-1] for part in self.rule.split("; "))
+
+    @property
     def sheared(self) -> bool:
         """Whether slices are offset in plane, as by a gantry tilt."""
         return self.tilt_degrees > SHEARED_DEGREES
@@ -85,6 +91,36 @@ def split_stacks(datasets: Iterable[Dataset]) -> Split:
     groups = [part for group in groups for part in _without_repeats(group)]
     stacks = sorted(map(_stack, groups), key=lambda stack: -len(stack.datasets))
     return Split(tuple(stacks), tuple(ignored))
+
+
+def usable_stacks(headers: Sequence[Dataset]) -> Split:
+    """`split_stacks`, refusing what must not be taken apart.
+
+    Raises:
+        SeriesRefused: nothing is a slice (its code says what there is instead); frames are there
+            that nobody can place (NO_GEOMETRY, UNDECODABLE); the slices are of several patients
+            (MIXED_PATIENT).
+    """
+    split = split_stacks(headers)
+    for item in split.ignored:
+        if item.code in ("NO_GEOMETRY", "UNDECODABLE"):
+            raise SeriesRefused(item.code, item.reason, "send it again")
+    if not split.stacks:
+        counts = Counter(sorted(item.code for item in split.ignored)).most_common(1)
+        code = counts[0][0] if counts else "NOT_AN_IMAGE"
+        raise SeriesRefused(code, f"none of {len(headers)} instances is a slice", "send slices")
+    check_one_patient([header for stack in split.stacks for header in stack.datasets])
+    return split
+
+
+def slices_in(stack: StackOfImages, datasets: Iterable[Dataset]) -> list[Dataset]:
+    """The slices of a stack among whole instances, which may hold frames of other stacks too."""
+    wanted = {_slice(header) for header in stack.datasets}
+    return [found for found in slices_of(datasets)[0] if _slice(found) in wanted]
+
+
+def _slice(header: Dataset) -> tuple[str, int | None]:
+    return str(header.get("SOPInstanceUID")), frame_number(header)
 
 
 def _identity(header: Dataset) -> tuple[int, str, int]:

@@ -14,6 +14,7 @@ from pydicom import Dataset
 
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of
+from dicomnode.imaging.limits import LARGEST_SPACING_MM, check_one_patient, check_size
 from dicomnode.imaging.pixels import (
     encoding_of,
     has_decoder,
@@ -197,10 +198,10 @@ def volume_from_datasets(
     Raises:
         SeriesRefused: nothing is a slice (NOT_AN_IMAGE, NOT_CT_MR_PET, NOT_SINGLE_FRAME, LOCALIZER,
             MOSAIC, NOT_CT, NOT_PET, NOT_MR); too few are (SINGLE_SLICE, TOO_FEW_SLICES); one is
-            not usable (COLOUR, NOT_16_BIT, NOT_HU, NO_RESCALE, BURNED_IN, MULTI_ENERGY, LOSSY,
-            UNDECODABLE, NO_GEOMETRY); they are no stack (MIXED_SERIES, MIXED_FRAME,
-            MIXED_ORIENTATION, MIXED_MATRIX, DUPLICATE_POSITIONS, MISSING_SLICES); or cannot be had
-            in the unit (see `units.calibrate`).
+            not usable (NO_MATRIX, TOO_LARGE, COLOUR, NOT_16_BIT, NOT_HU, NO_RESCALE, BURNED_IN,
+            MULTI_ENERGY, LOSSY, UNDECODABLE, NO_GEOMETRY); they are no stack (MIXED_PATIENT,
+            MIXED_SERIES, MIXED_FRAME, MIXED_ORIENTATION, MIXED_MATRIX, DUPLICATE_POSITIONS,
+            MISSING_SLICES); or cannot be had in the unit (see `units.calibrate`).
     """
     images = _images(datasets, unit)
     _check_count(len(images), min_slices)
@@ -261,6 +262,8 @@ def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
     if not images:
         code, _ = Counter(sorted(reasons)).most_common(1)[0] if reasons else ("NOT_AN_IMAGE", 0)
         raise SeriesRefused(code, f"none of {len(datasets)} instances is a slice", "send slices")
+    check_one_patient(images)
+    check_size(images)
     return images
 
 
@@ -288,7 +291,8 @@ def _common_geometry(
     orientation = numbers_of(first, "ImageOrientationPatient", 6, "NO_GEOMETRY")
     spacing = numbers_of(first, "PixelSpacing", 2, "NO_GEOMETRY")
     axes = np.asarray(orientation).reshape(2, 3)
-    if min(spacing) <= 0 or not np.allclose(axes @ axes.T, np.eye(2), atol=1e-3):
+    sane = 0 < min(spacing) <= max(spacing) <= LARGEST_SPACING_MM
+    if not sane or not np.allclose(axes @ axes.T, np.eye(2), atol=1e-3):
         raise refused("NO_GEOMETRY", first, "spacing or orientation is no grid", "send it again")
     for image in images:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):

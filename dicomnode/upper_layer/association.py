@@ -195,6 +195,8 @@ class Association:
             self._stream.expire_in(self._limits.idle_seconds)
             if self._abort_wanted:
                 return Event.ABORT_REQUEST
+            if self._service is not None:
+                self._service.rest()
         kind, self._pdu_length = pdu.HEADER.unpack(self._stream.exactly(pdu.HEADER.size))
         event = _EVENT_OF_PDU.get(kind)
         if event is None:
@@ -301,6 +303,8 @@ class Association:
             if answer is not None:
                 self._outgoing = pdu.p_data_command(context_id, answer, self._peer_max_length)
                 self._fire(Event.P_DATA_REQUEST)
+        if self._service is not None:
+            self._service.take_whole_pdus()
         return self.state
 
     def _ar_2(self) -> State:
@@ -342,10 +346,13 @@ class Association:
 
     def _finish(self, how: Literal["released", "aborted"]) -> None:
         """Free what the association holds; only the first call does anything."""
-        if self._service is not None:
-            self._service.discard()
         requestor, self._requestor = self._requestor, None
-        if requestor is not None:
+        if requestor is None:
+            return
+        try:
+            if self._service is not None:
+                self._service.end()
+        finally:
             self._slots.release()
             self._handler.ended(requestor, how)
 

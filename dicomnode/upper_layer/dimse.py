@@ -56,17 +56,7 @@ def read_command(data: bytes) -> Command:
     Raises:
         InvalidCommand: a length is wrong, or an element that every request has is missing.
     """
-    elements: dict[int, bytes] = {}
-    at = 0
-    while at < len(data):
-        if len(data) - at < _ELEMENT.size:
-            raise InvalidCommand("a command element is cut off")
-        group, element, length = _ELEMENT.unpack_from(data, at)
-        at += _ELEMENT.size
-        if group != 0 or length > len(data) - at:
-            raise InvalidCommand("a command element has a wrong group or length")
-        elements[element] = data[at : at + length]
-        at += length
+    elements = _elements(data)
     field = _number(elements, 0x0100)
     cancel = field == CommandField.C_CANCEL_RQ
     return Command(
@@ -76,6 +66,47 @@ def read_command(data: bytes) -> Command:
         sop_class_uid=_uid(elements.get(0x0002, b"")),
         sop_instance_uid=_uid(elements.get(0x1000, b"")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The answer to a request of ours."""
+
+    message_id: int
+    """Of the request."""
+    status: int
+    comment: str
+    """ErrorComment; a peer's words, which may hold anything: never log them."""
+
+
+def read_response(data: bytes) -> Response:
+    """Parse the command set of a C-STORE or C-ECHO response (PS3.7 9.3).
+
+    Raises:
+        InvalidCommand: a length is wrong, it is no response, or it lacks an element.
+    """
+    elements = _elements(data)
+    if not _number(elements, 0x0100) & _RESPONSE:
+        raise InvalidCommand("a request where a response was due")
+    comment = elements.get(0x0902, b"").decode("ascii", "replace").strip(" \0")
+    return Response(_number(elements, 0x0120), _number(elements, 0x0900), comment)
+
+
+def echo_request(sop_class_uid: str, message_id: int) -> bytes:
+    """The command set of a C-ECHO request (PS3.7 9.3.5.1)."""
+    elements = _element(0x0002, _padded(sop_class_uid, b"\0"))
+    elements += _short(0x0100, CommandField.C_ECHO_RQ) + _short(0x0110, message_id)
+    elements += _short(0x0800, _NO_DATA_SET)
+    return _element(0x0000, struct.pack("<L", len(elements))) + elements
+
+
+def store_request(sop_class_uid: str, sop_instance_uid: str, message_id: int) -> bytes:
+    """The command set of a C-STORE request of medium priority (PS3.7 9.3.1.1)."""
+    elements = _element(0x0002, _padded(sop_class_uid, b"\0"))
+    elements += _short(0x0100, CommandField.C_STORE_RQ) + _short(0x0110, message_id)
+    elements += _short(0x0700, 0) + _short(0x0800, 1)
+    elements += _element(0x1000, _padded(sop_instance_uid, b"\0"))
+    return _element(0x0000, struct.pack("<L", len(elements))) + elements
 
 
 def response(command: Command, status: int, comment: str = "") -> bytes:
@@ -92,6 +123,21 @@ def response(command: Command, status: int, comment: str = "") -> bytes:
     if command.sop_instance_uid:
         elements += _element(0x1000, _padded(command.sop_instance_uid, b"\0"))
     return _element(0x0000, struct.pack("<L", len(elements))) + elements
+
+
+def _elements(data: bytes) -> dict[int, bytes]:
+    elements: dict[int, bytes] = {}
+    at = 0
+    while at < len(data):
+        if len(data) - at < _ELEMENT.size:
+            raise InvalidCommand("a command element is cut off")
+        group, element, length = _ELEMENT.unpack_from(data, at)
+        at += _ELEMENT.size
+        if group != 0 or length > len(data) - at:
+            raise InvalidCommand("a command element has a wrong group or length")
+        elements[element] = data[at : at + length]
+        at += length
+    return elements
 
 
 def _number(elements: dict[int, bytes], element: int) -> int:

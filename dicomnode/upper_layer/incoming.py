@@ -6,8 +6,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK = 262_144
-"""Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more."""
+BLOCK = 262_144
+"""Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more.
+Hashing on a second thread was tried: on two cores, handing over costs more than it saves."""
 _LONG = {"OB"}
 """Of the VRs used here, those with a 4-byte length (PS3.5 7.1.2)."""
 
@@ -34,14 +35,13 @@ class Received:
 class Incoming:
     """A part file that grows with each fragment."""
 
-    def __init__(self, part: Path, meta: bytes) -> None:
-        """Raises OSError if the file cannot be made."""
+    def __init__(self, part: Path, meta: bytes, block: memoryview) -> None:
+        """Raises OSError if the file cannot be made. `block`: room that only we use."""
         self.part = part
         self.size = 0
         self._meta_size = len(meta)
         self._digest = hashlib.sha256()
-        self._block = memoryview(bytearray(_BLOCK))
-        self._filled = 0
+        self._block, self._filled = block, 0
         self._file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
         try:
             self._write(memoryview(meta))
@@ -54,10 +54,10 @@ class Incoming:
         self.size += len(fragment)
         while fragment:
             start = self._filled
-            part, fragment = fragment[: _BLOCK - start], fragment[_BLOCK - start :]
+            part, fragment = fragment[: BLOCK - start], fragment[BLOCK - start :]
             self._filled += len(part)
             self._block[start : self._filled] = part
-            if self._filled == _BLOCK:
+            if self._filled == BLOCK:
                 self._flush()
 
     def close(self) -> tuple[str, int]:

@@ -23,6 +23,8 @@ _MAX_WAITING = 128
 _NO_RESOURCES_SECONDS = 0.2
 """Pause when the system has no file descriptor or thread for another connection."""
 
+_MOST_UNANSWERED = 64
+"""Messages that pynetdicom may hold of one association, one being answered; beyond, it is ended."""
 _ABORTED_SECONDS = 5
 """For the thread of an aborted association to end."""
 
@@ -42,15 +44,15 @@ class Library:
         self._server = _Unbound(
             ae, ("127.0.0.1", 0), ae.ae_title, ae.supported_contexts, evt_handlers=handlers
         )
-        self._most = max(limits.max_pdu_bytes, limits.max_request_bytes)
+        self._limits = limits
 
     def serves(self, abstract_syntax: str) -> bool:
         return abstract_syntax in self._services
 
     def serve(self, connection: socket.socket, address: Any, received: bytes) -> None:
         """Run an association to its end."""
-        connection.settimeout(None)
-        _HandOver(connection, address, self._server, received, self._most)
+        connection.settimeout(self._limits.idle_seconds)
+        _HandOver(connection, address, self._server, received, self._limits)
 
     def abort(self) -> None:
         """End all associations that run now."""
@@ -72,14 +74,19 @@ class _HandOver(RequestHandler):
     """Makes the library's association, and waits for its end."""
 
     def __init__(
-        self, connection: socket.socket, address: Any, server: _Unbound, received: bytes, most: int
+        self,
+        connection: socket.socket,
+        address: Any,
+        server: _Unbound,
+        received: bytes,
+        limits: Limits,
     ) -> None:
-        self._received, self._most = received, most
+        self._received, self._limits = received, limits
         super().__init__(connection, address, server)
 
     def handle(self) -> None:
         association = self._create_association()
-        replay = _Replay(association, self.request, self._received, self._most)
+        replay = _Replay(association, self.request, self._received, self._limits)
         association.dul.socket = replay
         association.dul.event_queue.get_nowait()  # two sockets announced one connection
         evt.trigger(association, evt.EVT_CONN_OPEN, {"address": self.client_address})
@@ -88,12 +95,14 @@ class _HandOver(RequestHandler):
 
 
 class _Replay(AssociationSocket):
-    """The library's socket, which first gives what we have read, and believes no huge length."""
+    """The library's socket: it first gives what we have read, and lets no peer fill the memory."""
 
     def __init__(
-        self, association: Any, connection: socket.socket, received: bytes, most: int
+        self, association: Any, connection: socket.socket, received: bytes, limits: Limits
     ) -> None:
-        self._received, self._most = received, most
+        self._association: Any = association
+        self._received, self._limits = received, limits
+        self._most = max(limits.max_pdu_bytes, limits.max_request_bytes)
         super().__init__(association, client_socket=connection)
 
     @property
@@ -101,11 +110,29 @@ class _Replay(AssociationSocket):
         return bool(self._received) or bool(super().ready)
 
     def recv(self, nr_bytes: int) -> bytearray:
-        if nr_bytes > self._most:
-            raise ConnectionAbortedError("a PDU is longer than we announced")
+        """Called for the header and for the rest of each PDU, when those before it are decoded."""
+        why = "a PDU is longer than we announced" if nr_bytes > self._most else self._too_much()
+        if why:
+            log.warning("association from %s: %s", self._association.requestor.address, why)
+            self.send(pdu.abort(2, pdu.AbortReason.INVALID_PARAMETER))
+            raise ConnectionAbortedError(why)
         first = bytearray(self._received[:nr_bytes])
         self._received = self._received[nr_bytes:]
         return first + super().recv(nr_bytes - len(first)) if len(first) < nr_bytes else first
+
+    def _too_much(self) -> str:
+        """Which limit is passed by what the library holds of this association; empty: none."""
+        service = self._association.dimse
+        if service.msg_queue.qsize() > _MOST_UNANSWERED:
+            return "too many requests that wait for their answer"
+        message = service.message  # half-received
+        if message is None:
+            return ""
+        if message.encoded_command_set.getbuffer().nbytes > self._limits.max_command_bytes:
+            return "the command set is too long"
+        if message.data_set.getbuffer().nbytes > self._limits.max_library_bytes:
+            return "the data set is too long"
+        return ""
 
 
 class _Connection:

@@ -16,7 +16,9 @@ VERIFICATION = "1.2.840.10008.1.1"
 _DICOM_ROOT = "1.2.840.10008."
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _STORAGE = frozenset(str(context.abstract_syntax) for context in AllStoragePresentationContexts)
-_TRANSFER_SYNTAXES = frozenset(map(str, ALL_TRANSFER_SYNTAXES))
+_RETIRED_JPEG = [f"1.2.840.10008.1.2.4.{n}" for n in (*range(52, 57), *range(58, 67))]
+TRANSFER_SYNTAXES = (*map(str, ALL_TRANSFER_SYNTAXES), *_RETIRED_JPEG)
+"""What is accepted and stored as received; retired JPEG (PS3.6 A) too, which few can decode."""
 
 
 def is_storage(abstract_syntax: str) -> bool:
@@ -46,7 +48,7 @@ def answered(
     class (PS3.7 D.3.3.4) has no use for us.
     """
     scu, _ = (user.roles or {}).get(context.abstract_syntax, (True, False))
-    known = [uid for uid in context.transfer_syntaxes if uid in _TRANSFER_SYNTAXES]
+    known = [uid for uid in context.transfer_syntaxes if uid in TRANSFER_SYNTAXES]
     if not is_ours(context.abstract_syntax):
         result = ContextResult.ABSTRACT_SYNTAX_NOT_SUPPORTED
     elif not known:

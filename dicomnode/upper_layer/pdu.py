@@ -86,6 +86,17 @@ APPLICATION_CONTEXT_NAME = Rejection(1, 1, 2, "application context name not supp
 LOCAL_LIMIT = Rejection(2, 3, 2, "local limit exceeded")
 CALLING_AE = Rejection(1, 1, 3, "calling AE title not recognised")
 CALLED_AE = Rejection(1, 1, 7, "called AE title not recognised")
+_REJECTED = {
+    (1, 1): "no reason given",
+    (1, 2): "application context name not supported",
+    (1, 3): "calling AE title not recognised",
+    (1, 7): "called AE title not recognised",
+    (2, 1): "no reason given",
+    (2, 2): "protocol version not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "local limit exceeded",
+}
+"""Source and reason (PS3.8 Table 9-21)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +274,77 @@ def associate_accept(
     return _pdu(PduType.ASSOCIATE_AC, struct.pack(">HH", 1, 0) + request.echoed + items)
 
 
+def associate_request(
+    called_ae: str,
+    calling_ae: str,
+    contexts: Sequence[ProposedContext],
+    max_length: int,
+    implementation_class_uid: str,
+    implementation_version_name: str,
+) -> bytes:
+    """An A-ASSOCIATE-RQ (PS3.8 9.3.2): we are SCU only, one operation at a time."""
+    titles = b"".join(title.encode("ascii").ljust(16)[:16] for title in (called_ae, calling_ae))
+    proposed = b"".join(
+        _item(
+            0x20,
+            bytes([c.context_id, 0, 0, 0])
+            + _item(0x30, c.abstract_syntax.encode())
+            + b"".join(_item(0x40, syntax.encode()) for syntax in c.transfer_syntaxes),
+        )
+        for c in contexts
+    )
+    user = _item(0x51, max_length.to_bytes(4, "big"))
+    user += _item(0x52, implementation_class_uid.encode("ascii"))
+    user += _item(0x55, implementation_version_name.encode("ascii"))
+    items = _item(0x10, APPLICATION_CONTEXT.encode()) + proposed + _item(0x50, user)
+    return _pdu(PduType.ASSOCIATE_RQ, struct.pack(">HH", 1, 0) + titles + bytes(32) + items)
+
+
+def read_associate_accept(body: bytes) -> tuple[list[AnsweredContext], int]:
+    """The answered contexts of an A-ASSOCIATE-AC, and the longest P-DATA-TF it takes (0: any).
+
+    Raises:
+        InvalidPdu: a length or a count is wrong, or a part is missing.
+    """
+    if len(body) < _FIXED:
+        raise InvalidPdu("the A-ASSOCIATE-AC is too short")
+    answers, max_length = [], None
+    for kind, value in _items(body[_FIXED:], MAX_CONTEXTS + MAX_USER_ITEMS):
+        if kind == 0x21:
+            if len(value) < 4:
+                raise InvalidPdu("a presentation context item is not valid")
+            accepted = value[2] == ContextResult.ACCEPTANCE
+            names = [_uid(name) for kind, name in _items(value[4:], 1) if kind == 0x40 and accepted]
+            result = ContextResult.ACCEPTANCE if names else ContextResult.USER_REJECTION
+            answers.append(AnsweredContext(value[0], result, *names[:1]))
+        elif kind == 0x50:
+            max_length = _user_information(value).max_length
+    if max_length is None:
+        raise InvalidPdu("the A-ASSOCIATE-AC has no user information")
+    if 0 < max_length < PDV_HEADER.size + 2:
+        raise InvalidPdu("the peer takes PDUs of no useful length")
+    return answers, max_length
+
+
+def read_associate_reject(body: bytes) -> Rejection:
+    """An A-ASSOCIATE-RJ, its reason in the words of PS3.8 Table 9-21.
+
+    Raises:
+        InvalidPdu: it is not 4 bytes long.
+    """
+    if len(body) != 4:
+        raise InvalidPdu("the A-ASSOCIATE-RJ is not 4 bytes long")
+    _, result, source, reason = body
+    words = _REJECTED.get((source, reason), f"source {source}, reason {reason}")
+    return Rejection(result, source, reason, words)
+
+
 def associate_reject(why: Rejection) -> bytes:
     return _pdu(PduType.ASSOCIATE_RJ, bytes([0, why.result, why.source, why.reason]))
+
+
+def release_request() -> bytes:
+    return _pdu(PduType.RELEASE_RQ, bytes(4))
 
 
 def release_response() -> bytes:

@@ -1,6 +1,7 @@
 """Storage and Verification SCP: fragments -> command -> data set in a file -> answer (PS3.7)."""
 
 import logging
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -8,18 +9,29 @@ from typing import Literal, Protocol
 from dicomnode.errors import InstanceRefused
 from dicomnode.upper_layer import dimse
 from dicomnode.upper_layer.dimse import Command, CommandField, InvalidCommand
-from dicomnode.upper_layer.incoming import Incoming, Received, file_meta
+from dicomnode.upper_layer.incoming import BLOCK, Incoming, Received, file_meta
 from dicomnode.upper_layer.negotiation import VERIFICATION
-from dicomnode.upper_layer.pdu import AbortReason, InvalidPdu, Rejection
-from dicomnode.upper_layer.stream import Stream
+from dicomnode.upper_layer.pdu import (
+    HEADER,
+    PDV_HEADER,
+    AbortReason,
+    InvalidPdu,
+    PduType,
+    Rejection,
+)
+from dicomnode.upper_layer.stream import Stream, room
 
 log = logging.getLogger(__name__)
 
 _COMMAND, _LAST = 1, 2
 """Bits of the message control header (PS3.8 Annex E.2)."""
+_ONE_PDV = struct.Struct(">BxLLBB")
+"""The header of a P-DATA-TF and of its first presentation data value."""
 _LARGE_BUFFER = 262_144
 SMALL_BUFFER = 2_048
 """Of an association that receives no data set."""
+_REST_SECONDS = 1.0
+"""After this long without a message, large buffers go back to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,9 @@ class Limits:
     """Longest A-ASSOCIATE-RQ."""
     max_command_bytes: int = 65_536
     max_data_set_bytes: int = 1 << 34
+    max_library_bytes: int = 8 << 20
+    """Longest data set of a service that pynetdicom serves, which holds it in memory; a storage
+    commitment request for 50,000 instances."""
     artim_seconds: float = 15.0
     """For the whole A-ASSOCIATE-RQ to arrive, and for the peer to close in the end (PS3.8 9.1)."""
     idle_seconds: float = 300.0
@@ -81,6 +96,9 @@ class Handler(Protocol):
             OSError: 0xA700 is answered.
         """
 
+    def answered(self, requestor: Requestor, status: int) -> None:
+        """Called before each C-STORE response is sent, whoever chose its status."""
+
     def ended(self, requestor: Requestor, how: Literal["released", "aborted"]) -> None:
         """Called once for each `request` that got None, before the connection closes."""
 
@@ -105,6 +123,7 @@ class Service:
         self._command_set = bytearray()
         self._command: Command | None = None  # complete; its data set is being received
         self._incoming: Incoming | None = None
+        self._block: memoryview | None = None  # kept from one data set to the next
         self._refusal: tuple[int, str] | None = None
 
     @property
@@ -117,7 +136,22 @@ class Service:
         incoming, self._incoming = self._incoming, None
         if incoming is not None:
             incoming.discard()
-            self._stream.resize(SMALL_BUFFER)
+
+    def rest(self) -> None:
+        """Give back what receiving data sets needs, for as long as none come."""
+        if not self.busy and self._block is not None and self._stream.silent(_REST_SECONDS):
+            self._release()
+
+    def end(self) -> None:
+        """The association has ended."""
+        try:
+            self.discard()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._block = None
+        self._stream.resize(SMALL_BUFFER)
 
     def fragment(self, context_id: int, control: int, length: int) -> bytes | None:
         """Take one presentation data value (PS3.8 Annex E); the answer, when a message is whole.
@@ -148,6 +182,26 @@ class Service:
             return None
         return self._complete(command)
 
+    def take_whole_pdus(self) -> None:
+        """Take P-DATA-TF PDUs that have come whole and only continue the data set.
+
+        Each has one fragment, not the last, of the message that is being received. So there is
+        nothing to decide, and most of an image comes in them: anything else is left to `fragment`.
+        """
+        while self._command is not None:
+            ahead = self._stream.ahead()
+            if len(ahead) < _ONE_PDV.size:
+                return
+            kind, length, pdv_length, context_id, control = _ONE_PDV.unpack_from(ahead)
+            if (
+                (kind, context_id, control) != (PduType.P_DATA_TF, self._context_id, 0)
+                or not PDV_HEADER.size <= length <= self._limits.max_pdu_bytes
+                or pdv_length != length - 4
+                or len(ahead) < HEADER.size + length
+            ):
+                return
+            self._keep(self._stream.exactly(HEADER.size + length)[_ONE_PDV.size :])
+
     def _begin(self) -> Command:
         """A command set is whole: judge it, and get ready for its data set."""
         command = dimse.read_command(bytes(self._command_set))
@@ -170,7 +224,9 @@ class Service:
             self._identity.implementation_version_name,
         )
         try:
-            self._incoming = Incoming(self._handler.part_path(), meta)
+            part = self._handler.part_path()
+            self._block = room(BLOCK) if self._block is None else self._block
+            self._incoming = Incoming(part, meta, self._block)
             self._stream.resize(_LARGE_BUFFER)
         except InstanceRefused as refusal:
             self._refusal = (refusal.status, str(refusal))
@@ -182,15 +238,18 @@ class Service:
         while length:
             data = self._stream.some(length)
             length -= len(data)
-            if self._incoming is None:
-                continue
-            try:
-                self._incoming.add(data)
-            except OSError as error:
-                self._refuse(_out_of_resources(error))
-                continue
-            if self._incoming.size > self._limits.max_data_set_bytes:
-                self._refuse((dimse.OUT_OF_RESOURCES, "the data set is too large for this node"))
+            self._keep(data)
+
+    def _keep(self, data: memoryview) -> None:
+        if self._incoming is None:
+            return
+        try:
+            self._incoming.add(data)
+        except OSError as error:
+            self._refuse(_out_of_resources(error))
+            return
+        if self._incoming.size > self._limits.max_data_set_bytes:
+            self._refuse((dimse.OUT_OF_RESOURCES, "the data set is too large for this node"))
 
     def _refuse(self, why: tuple[int, str]) -> None:
         self._refusal = why
@@ -208,6 +267,8 @@ class Service:
             log.warning("answered 0x%04X to %s: %s", status, self._requestor.host, comment)
         if self._incoming is not None:
             status, comment = self._store(self._incoming, command, transfer_syntax)
+        if command.field == CommandField.C_STORE_RQ:
+            self._handler.answered(self._requestor, status)
         return dimse.response(command, status, comment)
 
     def _store(self, incoming: Incoming, command: Command, transfer_syntax: str) -> tuple[int, str]:

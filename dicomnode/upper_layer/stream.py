@@ -1,5 +1,6 @@
 """The bytes of one connection, received into one buffer of bounded size, with a deadline."""
 
+import mmap
 import socket
 import time
 
@@ -13,6 +14,11 @@ class Closed(Exception):
 
 class Expired(Exception):
     """The deadline has passed (ARTIM, PS3.8 9.1.5; or our idle limit)."""
+
+
+def room(size: int) -> memoryview:
+    """Memory that the system has back as soon as nobody holds it; malloc might keep it."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 class Stream:
@@ -55,6 +61,30 @@ class Stream:
             collected += self.some(count - len(collected))
         return bytes(collected)
 
+    def silent(self, seconds: float) -> bool:
+        """Has nothing come for so long? Waits until something comes.
+
+        Raises:
+            Closed, Expired: nothing will.
+        """
+        if self._start != self._end:
+            return False
+        deadline = self._deadline
+        self._deadline = min(deadline, time.monotonic() + seconds)
+        try:
+            self._start, self._end = 0, self._receive(self._buffer)
+        except Expired:
+            if self._deadline == deadline:
+                raise
+            return True
+        finally:
+            self._deadline = deadline
+        return False
+
+    def ahead(self) -> memoryview:
+        """What was received beyond the last read, not taken; valid until the next call."""
+        return self._buffer[self._start : self._end]
+
     def rest(self) -> bytes:
         """What was received beyond the last read."""
         return bytes(self._take(self._end - self._start))
@@ -75,7 +105,7 @@ class Stream:
         waiting = self._end - self._start
         size = max(size, waiting)
         if size != len(self._buffer):
-            buffer = memoryview(bytearray(size))
+            buffer = memoryview(bytearray(size)) if size < mmap.PAGESIZE else room(size)
             buffer[:waiting] = self._buffer[self._start : self._end]
             self._buffer, self._start, self._end = buffer, 0, waiting
 

@@ -46,6 +46,7 @@ class Folder:
         self.incoming.mkdir(parents=True, exist_ok=True)
         self.received: list[tuple[Requestor, Received]] = []
         self.ends: list[tuple[str, str]] = []
+        self.statuses: list[int] = []
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
@@ -70,6 +71,11 @@ class Folder:
         with self._lock:
             self.received.append((requestor, received))
         return 0, ""
+
+    def answered(self, requestor: Requestor, status: int) -> None:
+        if not self.drop:
+            with self._lock:
+                self.statuses.append(status)
 
     def ended(self, requestor: Requestor, how: Literal["released", "aborted"]) -> None:
         if not self.drop:

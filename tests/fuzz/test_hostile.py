@@ -15,7 +15,8 @@ import pytest
 
 from tests.fuzz import wire
 from tests.fuzz.process import ARTIM_SECONDS, Receiver, running
-from tests.fuzz.wire import CT, IMPLICIT, Wire
+from tests.fuzz.wire import CT, FIND, IMPLICIT, Wire
+from tests.peers import wait_for
 
 pytestmark = pytest.mark.network
 LONG = bool(os.environ.get("DICOMNODE_LONG"))
@@ -65,6 +66,20 @@ def test_two_hundred_idle_associations_cost_next_to_nothing(receiver: Receiver) 
         print(f"{each:.0f} kB and {used / 200:.6f} of a core per idle association")
         assert each < 64
         assert used <= 0.01  # one tick of the clock
+
+
+def test_associations_that_have_received_give_back_what_it_took(receiver: Receiver) -> None:
+    message = wire.store(bytes(600_000))
+    with contextlib.ExitStack() as stack:
+        before, threads = receiver.status("VmRSS"), receiver.status("Threads")
+        peers = [stack.enter_context(Wire(receiver.port)) for _ in range(100)]
+        for peer in peers:
+            peer.associate()
+            assert peer.status(message)[1] == 0
+        receiver.threads_are_back(threads + 100, 10)
+        wait_for(lambda: (receiver.status("VmRSS") - before) / 100 < 64, "the memory back", 10)
+        for peer in peers:
+            assert peer.status(message)[1] == 0
 
 
 def test_half_requests_are_closed_when_artim_expires(receiver: Receiver) -> None:
@@ -124,6 +139,36 @@ def _flood(receiver: Receiver, start: bytes, piece: bytes, megabytes: int = 64) 
 )
 def test_a_flood_is_cut_off_early(receiver: Receiver, start: bytes, piece: bytes) -> None:
     assert _flood(receiver, start, piece) < 32
+
+
+FIND_RQ = wire.p_data(1, 3, wire.command(0x20, sop_class=FIND, data_set=True))
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "most_mb"),
+    [
+        (b"", wire.p_data(1, 1, bytes(60_000)), 32),
+        (b"", FIND_RQ * 500, 32),
+        (FIND_RQ, wire.p_data(1, 0, bytes(60_000)), 32),
+        (b"", wire.p_data(1, 3, wire.command(0x30, sop_class=FIND)) * 100, 65),  # if it keeps up
+    ],
+    ids=["endless command", "commands without data", "endless data set", "endless requests"],
+)
+def test_a_flood_that_the_library_would_hold_takes_no_memory(
+    receiver: Receiver, start: bytes, piece: bytes, most_mb: int
+) -> None:
+    """An association with a service that pynetdicom serves, and keeps in memory."""
+    sent, before, most = 0, receiver.status("VmRSS"), 0
+    with Wire(receiver.port) as peer, contextlib.suppress(OSError):
+        peer.associate([(1, FIND, (IMPLICIT,))])
+        peer.send(start)
+        while sent < 64 << 20:
+            peer.send(piece)
+            sent += len(piece)
+            most = max(most, receiver.status("VmRSS") - before)
+    print(f"ended after {sent >> 10} kB; memory moved by {most} kB meanwhile")
+    assert sent < most_mb << 20
+    assert most < 24_576
 
 
 def test_huge_requests_are_not_believed(receiver: Receiver) -> None:

@@ -17,13 +17,14 @@ from dicomnode.spool import dataset_digest
 from dicomnode.upper_layer import Listener
 from tests.factories import JPEG_TOOL, ct_series, write_series
 from tests.fuzz.receiver import IDENTITY, Folder, listening
+from tests.judges import NODE_MODULES
 from tests.peers import DCMSEND, ECHOSCU, STORESCU, needs, send, wait_for
 
 pytestmark = [pytest.mark.network, pytest.mark.peers]
 ODIL, SEND_IMAGE, DICOM_ECHO = "/usr/bin/odil", "/usr/bin/send_image", "/usr/bin/dicom_echo"
 OPENSSL = "/usr/bin/openssl"
-DCMJS = Path(os.environ.get("DICOMNODE_DCMJS", "/usr/local/lib/node_modules"))
-"""A node_modules folder with dcmjs-dimse: ``npm install dcmjs-dimse`` makes one."""
+DCMJS = Path(os.environ.get("DICOMNODE_DCMJS", NODE_MODULES))
+"""A node_modules folder with dcmjs-dimse: ``make packages`` makes one."""
 
 
 @pytest.fixture

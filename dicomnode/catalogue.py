@@ -1,0 +1,100 @@
+"""The model packages of a site: listed, verified, timed, described for others."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dicomnode.config import NodeConfig
+from dicomnode.errors import PackageError
+from dicomnode.imaging.manifest import Manifest
+from dicomnode.imaging.package import ModelPackage, read_package
+from dicomnode.imaging.volume import Volume
+from dicomnode.worker import load_models
+
+SLICES = 8
+"""Slices that `bench` times, after one that is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per slice of one model; `words`: engine, number format, device, why no faster one."""
+
+    device: str
+    precision: str
+    words: str
+    matrix: int
+    median_seconds: float
+    slowest_seconds: float
+
+
+def find_packages(config: NodeConfig, name: str | None = None) -> dict[str, ModelPackage]:
+    """Folder in models_dir -> its verified package; all of them, or the one named.
+
+    Raises:
+        PackageError: one is damaged or not there.
+    """
+    found = sorted(path.parent.name for path in config.models_dir.glob("*/manifest.yaml"))
+    folders = [name] if name else [folder for folder in found if not folder.startswith(".")]
+    return {folder: read_package(config.models_dir / folder) for folder in folders}
+
+
+def describe(folder: str, package: ModelPackage) -> dict[str, Any]:
+    """One line of `models list`, as data."""
+    manifest = package.manifest
+    return {
+        "folder": folder,
+        "name": package.name,
+        "version": package.version,
+        "task": manifest.task,
+        "sha256": package.digest,
+        "architecture": manifest.generator.architecture,
+        "licence": manifest.licence,
+        "precisions": ["fp32", *sorted(manifest.acceptance)],
+    }
+
+
+def verify(
+    config: NodeConfig, packages: dict[str, ModelPackage], device: str
+) -> Iterator[tuple[str, bool, str]]:
+    """Run every self-test: folder, whether it passed, and what was chosen or what is wrong."""
+    models, failures, used = load_models(packages, device, 0, config.precision)
+    for folder in packages:
+        passed = folder in models
+        words = f"passed on {used}: {models[folder].words}" if passed else failures[folder]
+        yield folder, passed, words
+
+
+def bench(package: ModelPackage, device: str, precision: str) -> Timing:
+    """Time a model on slices of noise, of its trained matrix or 512 x 512.
+
+    Raises:
+        PackageError: the model cannot be used on `device`.
+    """
+    from dicomnode.imaging.inference import predict
+
+    models, failures, used = load_models({package.name: package}, device, 0, precision)
+    if failures:
+        raise PackageError(failures[package.name])
+    model = models[package.name]
+    seconds = []
+    for plane in _planes(package.manifest, SLICES + 1):
+        began = time.perf_counter()
+        predict(model, plane)
+        seconds.append(time.perf_counter() - began)
+    measured = seconds[1:]  # the first one compiles
+    side = package.manifest.input.trained_matrix() or 512
+    median = float(np.median(measured))
+    return Timing(used, model.precision, model.words, side, median, max(measured))
+
+
+def _planes(manifest: Manifest, count: int) -> Iterable[Volume]:
+    side = manifest.input.trained_matrix() or 512
+    spacing = (manifest.input.field_of_view_mm.max or 0.7 * side) / side
+    rng = np.random.default_rng(1)
+    at, axes = np.zeros((1, 3)), np.array([1.0, 0, 0, 0, 1, 0])
+    for _ in range(count):
+        voxels = rng.normal(40, 40, (1, side, side)).astype(np.float32)
+        yield Volume(voxels, manifest.input.unit, at, axes, (2.5, spacing, spacing), "", None)

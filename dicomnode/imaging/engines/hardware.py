@@ -1,0 +1,37 @@
+"""What the processor of this machine can do."""
+
+import functools
+import platform
+from collections.abc import Collection
+from pathlib import Path
+
+NEEDED = {
+    "fp32": frozenset[str](),
+    "bf16": frozenset({"amx_bf16", "avx512_bf16"}),
+    "int8": frozenset({"amx_int8", "avx512_vnni", "avx_vnni"}),
+}
+"""Number format -> instruction sets: with one of them it is faster than fp32, else slower."""
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def cpu_features(cpu_info: Path = CPU_INFO) -> frozenset[str]:
+    """Instruction sets of this processor, in the words of Linux; empty where there is no Linux."""
+    try:
+        lines = cpu_info.read_text("ascii", "replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def runs_well(precision: str, features: Collection[str]) -> bool:
+    """Whether a processor with these instruction sets gains by `precision`."""
+    needed = NEEDED.get(precision)
+    return needed is not None and (not needed or not needed.isdisjoint(features))
+
+
+def cpu_words(features: Collection[str]) -> str:
+    """The architecture and those instruction sets that a compiled form may rely on."""
+    vector = sorted(f for f in features if f.startswith(("amx", "avx", "sse4", "fma", "asimd")))
+    return " ".join([platform.machine(), *vector])

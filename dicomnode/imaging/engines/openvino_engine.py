@@ -1,0 +1,149 @@
+"""OpenVINO as engine: the fastest on a CPU, measured (docs/PERFORMANCE.md). An optional package.
+
+A generator is traced once, converted in memory and compiled for each size of slice that comes.
+The package openvino-telemetry, which comes with OpenVINO and reports every conversion to Google
+Analytics, is never imported: a hospital's node tells nobody what it does.
+"""
+
+import importlib.util
+import io
+import sys
+import warnings
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dicomnode.imaging.engines.base import EngineError, Precision, Voxels
+from dicomnode.imaging.engines.hardware import cpu_features, cpu_words
+from dicomnode.imaging.engines.store import FormStore
+from dicomnode.imaging.engines.subpixel import without_transposed
+from dicomnode.imaging.networks import Generator
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Core
+
+HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+KEPT_SIZES = 4
+"""Compiled forms kept in memory: series of this many matrices take turns without compiling."""
+FORM = "1"
+"""Raise it when the way a generator is converted changes: forms on disk are then made again."""
+
+
+def installed() -> bool:
+    """Whether the openvino package is there; it is not imported for that."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+class OpenVinoEngine:
+    """A generator on the CPU, compiled by OpenVINO."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        precision: Precision,
+        *,
+        digest: str = "",
+        store: FormStore | None = None,
+    ) -> None:
+        """
+        Args:
+            digest: of the package; names its compiled forms in `store`.
+
+        Raises:
+            EngineError: openvino is not installed, or cannot run this.
+        """
+        if precision not in HINTS:
+            raise EngineError(f"openvino does not run {precision} here")
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+        try:
+            import openvino
+        except ImportError as error:
+            raise EngineError(f"openvino cannot be imported: {error}") from error
+        self.precision: Precision = precision
+        self.compiled, self.restored = 0, 0
+        """How many forms were compiled from the generator, and how many came from the store."""
+        self._version = str(openvino.get_version()).partition("-")[0]
+        self._core: Core = openvino.Core()
+        self._generator, self._digest, self._store = generator, digest, store
+        self._options = {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        self._forms: OrderedDict[tuple[int, ...], CompiledModel] = OrderedDict()
+        self._converted: Any = None
+
+    @property
+    def name(self) -> str:
+        return f"openvino {self._version}"
+
+    def batch(self, rows: int, columns: int) -> int:
+        """One: measured as fast as more."""
+        return 1
+
+    def run(self, x: Voxels) -> Voxels:
+        """See `Engine.run`.
+
+        Raises:
+            EngineError: OpenVINO cannot compile or run it.
+        """
+        try:
+            return np.concatenate([self._form(one.shape)(one)[0].copy() for one in _singly(x)])
+        except RuntimeError as error:
+            raise EngineError(f"{self.name}: {error}") from error
+
+    def _form(self, shape: tuple[int, ...]) -> "CompiledModel":
+        if shape not in self._forms:
+            self._forms[shape] = self._restored(shape) or self._compiled(shape)
+            if len(self._forms) > KEPT_SIZES:
+                self._forms.popitem(last=False)
+        self._forms.move_to_end(shape)
+        return self._forms[shape]
+
+    def _key(self, shape: tuple[int, ...]) -> str:
+        words = cpu_words(cpu_features())
+        return f"{FORM} {self._digest} {self._version} {self._options} {shape} {words}"
+
+    def _restored(self, shape: tuple[int, ...]) -> "CompiledModel | None":
+        form = self._store.read(self._key(shape)) if self._store and self._digest else None
+        if form is None:
+            return None
+        try:
+            compiled = self._core.import_model(io.BytesIO(form), "CPU", self._options)
+        except RuntimeError:  # another build of the same version: compile anew
+            return None
+        self.restored += 1
+        return compiled
+
+    def _compiled(self, shape: tuple[int, ...]) -> "CompiledModel":
+        if self._converted is None:
+            self._converted = _convert(self._generator, shape)
+        model = self._converted[-1].clone()
+        model.reshape(list(shape))
+        compiled = self._core.compile_model(model, "CPU", self._options)
+        self.compiled += 1
+        if self._store and self._digest:
+            self._store.write(self._key(shape), compiled.export_model().getvalue())
+        return compiled
+
+
+def _singly(x: Voxels) -> list[Voxels]:
+    return [np.ascontiguousarray(one) for one in np.split(x, len(x))]
+
+
+def _convert(generator: Generator, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The generator as an OpenVINO model, with what must live as long (its weights' owner)."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch says that tracing has a successor
+        trace: Any = torch.jit.trace  # type: ignore[attr-defined,unused-ignore]
+        traced = trace(without_transposed(generator), torch.zeros(shape), check_trace=False)
+    decoder = TorchScriptPythonDecoder(traced)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    source = frontend.load(decoder)
+    return decoder, frontend, source, frontend.convert(source)

@@ -1,0 +1,79 @@
+"""Generators without normalisation layers: the residual denoiser, the identity, an affine map."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dicomnode.imaging.networks.base import Generator, check, in_float32
+
+
+class ResidualDenoiser(Generator):
+    """Noise estimator without normalisation layers: what to add to a noisy slice.
+
+    Pixel-unshuffle, a convolution, residual blocks at the lower resolution, a convolution,
+    pixel-shuffle. No layer looks at statistics of the image, so the result does not depend on
+    the field of view, on the batch or on air around the patient. The last convolution starts at
+    zero: an untrained network changes nothing. Under autocast the first and last convolutions and
+    the sums between the blocks stay float32: a bf16 input would be rounded to steps of 8 HU.
+
+    (batch, 1, rows, columns), float32, in [-1, 1] -> the same shape: the difference to add, in
+    the same scale.
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        blocks: int = 6,
+        shuffle: int = 2,
+        centre: float = -0.5,
+        gain: float = 20.0,
+    ) -> None:
+        """`centre` and `gain` bring soft tissue near zero and its noise near one, inside only."""
+        super().__init__()
+        check(1 <= width <= 1024 and 0 <= blocks <= 64 and 1 <= shuffle <= 16, "out of range")
+        self.centre = centre
+        self.gain = gain
+        self.multiple = shuffle
+        self.receptive_field = 2 * (shuffle * (3 + 2 * blocks) - 1) + 1
+        self.first = nn.Conv2d(shuffle**2, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
+        self.last = nn.Conv2d(width, shuffle**2, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(torch.as_tensor(self.last.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = (x.float() - self.centre) * self.gain
+        features = in_float32(self.first, F.pixel_unshuffle(scaled, self.multiple))
+        change = in_float32(self.last, self.blocks(features))
+        return F.pixel_shuffle(change, self.multiple) / self.gain
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        with torch.no_grad():  # many blocks without norm stay calm at the start
+            self.second.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.as_tensor(self.second(F.relu(self.first(x))))
+
+
+class Identity(Generator):
+    """Returns its input. With intensity ``none`` the whole path must give back every value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Affine(Generator):
+    """scale * x + offset, in the unit the intensity leaves: a model whose result is known."""
+
+    def __init__(self, scale: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.offset

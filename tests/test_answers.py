@@ -1,0 +1,102 @@
+"""Every answer to a C-STORE request is counted, whoever chose its status: seen on associations."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+
+from dicomnode.config import config_from_mapping
+from dicomnode.journal import Journal
+from dicomnode.scp import StorageScp
+from dicomnode.series import Carriers
+from dicomnode.spool import Spool
+from dicomnode.tables import Database
+from tests.factories import ct_series, file_bytes
+from tests.fuzz import wire
+from tests.fuzz.receiver import data_set
+from tests.fuzz.wire import CT, VERIFICATION, Wire
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path)
+
+
+@pytest.fixture
+def peer(tmp_path: Path, spool: Spool) -> Iterator[Wire]:
+    """An association of the peer "scanner" with Verification on context 1 and CT on context 3."""
+    node = {"data_dir": str(tmp_path), "bind": "127.0.0.1", "port": 0, "reserve_free_gb": 0}
+    peers = {"scanner": {"ae_title": "WIRE", "host": "127.0.0.1"}}
+    spool.prepare()
+    database = Database(tmp_path / "journal.db")
+    config = config_from_mapping({"node": node, "peers": peers}, tmp_path)
+    scp = StorageScp(config, spool, Journal(database), Carriers(), ())
+    scp.start()
+    with Wire(scp.port) as connected:
+        connected.associate()
+        yield connected
+    scp.drain(0)
+    database.close()
+
+
+def _counted() -> dict[tuple[str, str], float]:
+    name = "dicomnode_instances_received_total"
+    return {
+        (sample.labels["peer"], sample.labels["status"]): sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == name
+    }
+
+
+def _asked(peer: Wire, message: bytes) -> tuple[int, dict[tuple[str, str], float]]:
+    """The status that answers a message, and what was counted meanwhile."""
+    before = _counted()
+    status = peer.status(message)[1]
+    changes = {key: value - before.get(key, 0) for key, value in _counted().items()}
+    return status, {key: change for key, change in changes.items() if change}
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (wire.p_data(3, 3, wire.store_rq("../x")) + wire.p_data(3, 2, b"ab"), 0x0117),
+        (wire.p_data(3, 3, wire.store_rq(sop_class="1.2.3")) + wire.p_data(3, 2, b"ab"), 0x0122),
+        (wire.p_data(3, 3, wire.command(1, sop_instance="1.2")), 0xC000),
+        (wire.p_data(1, 3, wire.command(1, sop_class=VERIFICATION)), 0x0211),
+        (wire.store(b"no data set", "1.2.3"), 0xC000),
+        (wire.store(data_set(), "1.2.3.4"), 0xA900),
+    ],
+    ids=["UID", "class", "no data set", "on Verification", "not parsable", "other UID"],
+)
+def test_a_refused_request_is_counted_once(peer: Wire, message: bytes, status: int) -> None:
+    assert _asked(peer, message) == (status, {("scanner", f"0x{status:04X}"): 1})
+
+
+def test_a_stored_instance_is_counted_once(peer: Wire) -> None:
+    (instance,) = ct_series(1)
+    sent = file_bytes(instance)
+    start = 144 + int.from_bytes(sent[140:144], "little")  # behind the file meta information
+    message = wire.store(sent[start:], instance.SOPInstanceUID)
+    assert _asked(peer, message) == (0, {("scanner", "0x0000"): 1})
+
+
+def test_a_refusal_for_want_of_room_is_counted_before_anything_is_received(
+    peer: Wire, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Spool, "has_room", lambda *_: False)
+    counted = {("scanner", "0xA700"): 1}
+    assert _asked(peer, wire.store(data_set())) == (0xA700, counted)
+
+
+def test_a_disk_that_cannot_be_written_is_counted(peer: Wire, spool: Spool) -> None:
+    spool.incoming.rmdir()
+    assert _asked(peer, wire.store(data_set())) == (0xA700, {("scanner", "0xA700"): 1})
+
+
+def test_an_echo_is_no_instance(peer: Wire) -> None:
+    assert _asked(peer, wire.p_data(1, 3, wire.ECHO_RQ)) == (0, {})
+    assert _asked(peer, wire.p_data(3, 3, wire.command(0x30, sop_class=CT))) == (0x0211, {})
