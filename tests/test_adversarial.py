@@ -21,7 +21,7 @@ from training.adversarial import (
 )
 from training.errors import TrainingError
 from training.recipes import Batch, Recipe
-from training.recipes.adversarial import Adversarial, Discriminator
+from training.recipes.adversarial import Adversarial, Discriminator, Run
 from training.recipes.aps import Aps
 from training.recipes.cyclegan import CycleGan
 from training.recipes.gan_circle import GanCircle, total_variation
@@ -118,6 +118,7 @@ def test_total_variation_is_the_sum_of_differences() -> None:
 
 # recipes
 
+RUN = Run(seed=3, residual=True, epoch_steps=10)
 SMALL = Discriminator(width=8, layers=2)
 
 
@@ -134,12 +135,12 @@ def _settings(**changed: Any) -> Adversarial:
 def _pix2pix() -> Recipe:
     conditional = Discriminator(width=8, layers=2, conditional=True, norm="batch")
     settings = _settings(gan="vanilla", discriminator=conditional, pool=0)
-    return Pix2Pix(_generator(), settings, channels=1, residual=True, seed=3, epoch_steps=10)
+    return Pix2Pix(_generator(), settings, RUN)
 
 
 def _cyclegan(**changed: Any) -> Recipe:
     settings = _settings(**changed)
-    return CycleGan(_generator(), _generator(), settings, residual=True, seed=3, epoch_steps=10)
+    return CycleGan(_generator(), _generator(), settings, RUN)
 
 
 def _sccyclegan() -> Recipe:
@@ -148,12 +149,12 @@ def _sccyclegan() -> Recipe:
 
 def _aps() -> Recipe:
     settings = _settings(structure="sc_map", structure_divide=16, pool=0)
-    return Aps(_generator(), settings, residual=True, seed=3, epoch_steps=10)
+    return Aps(_generator(), settings, RUN)
 
 
 def _gan_circle() -> Recipe:
     settings = _settings(gan="wgangp", cycle_weight=1.0, pool=0)
-    return GanCircle(_generator(), _generator(), settings, residual=True, seed=3, epoch_steps=10)
+    return GanCircle(_generator(), _generator(), settings, RUN)
 
 
 RECIPES = [_pix2pix, _cyclegan, _sccyclegan, _aps, _gan_circle]

@@ -27,7 +27,7 @@ from training import train
 from training.baselines import gaussian, non_local_means
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.compare import filter_at_same_noise, turned_down
-from training.config import Details, Folder, LowDose, TrainConfig, load_config
+from training.config import Details, Folder, LowDose, TrainConfig, load_config, window_of
 from training.data import Sample, draw_batch, draw_details, load_samples
 from training.errors import TrainingError
 from training.figures import Figures, SliceFigures, denoiser, evaluate_samples
@@ -107,6 +107,7 @@ def write_config(patients: Path, tmp_path: Path, **changes: object) -> Path:
         "card": str(tmp_path / "card.md"),
         "save_every": 4,
         "data": {
+            "kind": "low_dose",
             "root": str(patients.parent),
             "split": str(tmp_path / "split.yaml"),
             "folders": [{"path": "ct", "collection": "generated"}],
@@ -361,7 +362,7 @@ def test_a_split_that_would_leak_is_refused(
 def test_a_batch_is_a_function_of_seed_and_step(config: TrainConfig, samples: list[Sample]) -> None:
     def batch(step: int) -> torch.Tensor:
         rng = np.random.default_rng([1, step])
-        window = train.window_of(config)
+        window = window_of(config)
         return draw_batch(samples, window, config.low_dose, config.details, 4, 32, rng).source
 
     assert torch.equal(batch(5), batch(5))
@@ -371,7 +372,7 @@ def test_a_batch_is_a_function_of_seed_and_step(config: TrainConfig, samples: li
 def test_full_dose_samples_are_their_own_target(config: TrainConfig, samples: list[Sample]) -> None:
     batch = draw_batch(
         samples,
-        train.window_of(config),
+        window_of(config),
         LowDose(full_dose_share=1.0),
         Details(share=1.0),
         4,
@@ -492,7 +493,7 @@ def test_a_network_that_changes_nothing_gains_nothing_and_loses_nothing(
     config: TrainConfig, samples: list[Sample]
 ) -> None:
     untrained = train.build_recipe(config).results()["forward"]
-    figures = evaluate_samples(denoiser(untrained, train.window_of(config)), samples[:3])
+    figures = evaluate_samples(denoiser(untrained, window_of(config)), samples[:3])
     assert figures.gain_db == (0.0, 0.0, 0.0)
     assert figures.noise[0] == pytest.approx(1.0)
     assert figures.insert(0)[0] == pytest.approx(1.0, abs=1e-3)

@@ -10,8 +10,11 @@ from typing import Any, Literal
 import yaml
 
 from dicomnode.errors import ConfigError, PackageError
-from dicomnode.imaging.intensity import Window
-from dicomnode.imaging.manifest import GeneratorSpec, read_as
+from dicomnode.imaging.intensity import Intensity, Window
+from dicomnode.imaging.manifest import Bounds, GeneratorSpec, read_as
+from dicomnode.imaging.percentiles import Percentiles
+from dicomnode.imaging.units import Unit
+from training.recipes.adversarial import Adversarial
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,55 @@ class Data:
     test_fraction: float = 0.3
     exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """DICOM keyword -> values (``*``, ``?``) whose slices are out of scope."""
+    kind: Literal["low_dose"] = "low_dose"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two kinds of images of a translation."""
+
+    files: str
+    """Pattern below `data.root` of files, or of folders that hold one DICOM series each."""
+    modality: Literal["CT", "MR", "PT"]
+    unit: Unit
+    intensity: Intensity | Percentiles
+    """How physical values become [-1, 1]; percentiles are those of the whole volume."""
+    outside: float = 0.0
+    """Value where there is no image (air: -1000 HU)."""
+    eight_bit: tuple[float, ...] = ()
+    """What grey 0 and 255 of an 8-bit PNG stand for; empty: such images are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Two kinds of images, paired by patient or not."""
+
+    kind: Literal["images"]
+    root: str
+    """Relative to where the command runs."""
+    split: str
+    """File with the patients (hashed) of each part; written if it does not exist yet."""
+    source: Side
+    target: Side
+    collection: str
+    """Name and licence of the collection, for the model card."""
+    paired: bool = True
+    """Source and target of a patient show the same place; the source is put on its lattice."""
+    patient: str = ""
+    """Regular expression on the path below `root`; its first group names the patient (and with
+    paired images the pair). Empty: each file is a patient of its own, which is then said."""
+    slices: int = 1
+    """Neighbouring source slices the generator is given (odd); the last one is repeated."""
+    spacing_mm: float | None = None
+    """Pixel spacing everything is brought to; None: as it is."""
+    body_above: float | None = None
+    """A pixel is the patient where the target, in its unit, is above this; None: everywhere."""
+    least_body: float = 0.05
+    """Slices with a smaller share of such pixels are left out."""
+    mirror: bool = True
+    """Patches are mirrored left to right at random."""
+    validation_fraction: float = 0.15
+    test_fraction: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +152,40 @@ class Optimisation:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """What the package of a translation says of itself; see docs/MODELS.md for each key."""
+
+    task: Literal["denoise", "ce_ct", "syn_ct", "syn_mr", "delayed_pet"]
+    bounds: Bounds
+    licence: str
+    intended_use: str
+    algorithm_family: str
+    padding: Literal["reflect", "replicate"] = "reflect"
+    qa: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """The package of the way back, of recipes that train both."""
+
+    name: str
+    package: str
+    card: str
+    publish: Publish
+
+
+RecipeName = Literal["supervised", "pix2pix", "cyclegan", "sccyclegan", "aps", "gan_circle"]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One run, from data to package."""
 
     name: str
     version: str
-    recipe: Literal["supervised"]
+    recipe: RecipeName
     seed: int
-    data: Data
+    data: Data | Images
     generator: GeneratorSpec
     optimisation: Optimisation
     package: str
@@ -118,6 +196,14 @@ class TrainConfig:
     """Checkpoint, log and cached slices go to a folder `name` in here."""
     low_dose: LowDose = LowDose()
     details: Details = Details()
+    adversarial: Adversarial = field(default_factory=Adversarial)
+    """Of the recipes with a discriminator."""
+    residual: bool = False
+    """The generator gives the difference to its (middle) source slice. Always so for low_dose."""
+    publish: Publish | None = None
+    """What the package of `images` says; required there."""
+    backward: Backward | None = None
+    """Where the second package of a cycle goes; None: it is not written."""
     window: tuple[float, ...] = (-1024.0, 3071.0)
     """HU mapped to [-1, 1]."""
     save_every: int = 500
@@ -133,10 +219,20 @@ class TrainConfig:
     def digest(self) -> str:
         """SHA-256 of everything that shapes the weights: what a checkpoint belongs to."""
         shaping = asdict(self)
-        for key in ("package", "card", "runs", "stop_at", "threads", "save_every", "version"):
+        for key in _NOT_SHAPING:
             del shaping[key]
         del shaping["data"]["root"]
+        if isinstance(self.data, Data):  # such runs have no discriminator and are always residual
+            for key in ("adversarial", "residual"):
+                del shaping[key]
+            del shaping["data"]["kind"]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+_NOT_SHAPING = (
+    *("package", "card", "runs", "stop_at", "threads", "save_every", "version"),
+    *("publish", "backward"),
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -155,9 +251,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: {error}") from error
     except PackageError as error:
         raise ConfigError(str(error)) from error
-    if len(config.window) != 2:
-        raise ConfigError(f"{path.name}.window: want two values, low and high")
+    if problem := _problem(config):
+        raise ConfigError(f"{path.name}.{problem}")
     return config
+
+
+def _problem(config: TrainConfig) -> str | None:
+    """The first thing that does not fit together, after its key; None: all does."""
+    if len(config.window) != 2:
+        return "window: want two values, low and high"
+    if isinstance(config.data, Data):
+        return None if config.recipe == "supervised" else "recipe: low_dose data are supervised"
+    if config.publish is None:
+        return "publish: missing; it says what the package is for"
+    if config.data.slices % 2 == 0 or config.data.slices < 1:
+        return "data.slices: want an odd number of slices"
+    if config.recipe in ("supervised", "pix2pix", "aps") and not config.data.paired:
+        return f"data.paired: {config.recipe} needs pairs"
+    if config.recipe in ("cyclegan", "sccyclegan", "gan_circle") and config.data.slices != 1:
+        return f"data.slices: {config.recipe} goes both ways, slice by slice (1)"
+    if config.residual and config.data.source.unit != config.data.target.unit:
+        return "residual: source and target have different units"
+    for name, side in (("source", config.data.source), ("target", config.data.target)):
+        if len(side.eight_bit) not in (0, 2):
+            return f"data.{name}.eight_bit: want two values, those of grey 0 and 255"
+    if isinstance(config.data.target.intensity, Percentiles):
+        return "data.target.intensity: a result needs a fixed window; percentiles have no inverse"
+    return None
 
 
 def window_of(config: TrainConfig) -> Window:

@@ -17,8 +17,9 @@ import torch
 from dicomnode.errors import ConfigError, DicomNodeError
 from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.package import read_package
+from dicomnode.imaging.percentiles import Percentiles
 from training.compare import FILTERS, filter_at_same_noise, filter_at_same_psnr, turned_down
-from training.config import load_config
+from training.config import Data, load_config
 from training.data import Sample, load_samples
 from training.figures import Denoiser, Figures, denoiser, evaluate_samples
 from training.metrics import INSERTS, TISSUES
@@ -30,6 +31,8 @@ def main(argv: Sequence[str]) -> None:
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
     options |= dict(word.split("=", 1) for word in own)
+    if not isinstance(config.data, Data):
+        raise ConfigError("data.kind: this judges low_dose runs")
     if options["part"] not in PARTS:
         raise ConfigError(f"part: want one of {', '.join(PARTS)}")
     torch.set_num_threads(config.threads)
@@ -38,7 +41,10 @@ def main(argv: Sequence[str]) -> None:
     patients = read_split(Path(config.data.split))[options["part"]]
     held_out = [sample for sample in samples if sample.patient in patients]
     dose = float(options["dose"])
-    network = denoiser(model.generator, model.package.manifest.input.intensity)
+    intensity = model.package.manifest.input.intensity
+    if isinstance(intensity, Percentiles):
+        raise ConfigError("package: percentiles are of a whole volume; this judges slices in HU")
+    network = denoiser(model.generator, intensity)
     figures = evaluate_samples(network, held_out, dose)
     print(f"{model.package.name} {model.package.version}, digest {model.package.digest}")
     print(f"{options['part']} at {dose:g} of the dose: ", end="")

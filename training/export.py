@@ -25,7 +25,7 @@ from dicomnode.imaging.manifest import (
 from dicomnode.imaging.networks import Generator
 from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.projection import quantum_noise
-from training.config import TrainConfig, window_of
+from training.config import Data, TrainConfig, window_of
 from training.data import Sample
 from training.figures import Figures
 from training.metrics import INSERTS, TISSUES
@@ -94,7 +94,7 @@ def describe(
             columns=Range(64, 1024),
             slices=Range(min=2),
             hu_range=Range(-8192, 32767),
-            exclude=config.data.exclude,
+            exclude=config.data.exclude if isinstance(config.data, Data) else {},
         ),
         dicom=DicomSpec(config.name, "Residual convolutional network", config.version),
         licence="CC BY 4.0; trained on CC BY 3.0 and CC BY 4.0 data, see MODEL_CARD.md",

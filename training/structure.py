@@ -224,11 +224,10 @@ def pixel_weight(judged: Tensor, size: tuple[int, int], kind: PixelWeight) -> Te
     """
     if kind == "uniform":
         return judged.new_ones(len(judged), 1, *size)
-    opinion = F.relu(judged)
-    low, high = opinion.amin((1, 2, 3), keepdim=True), opinion.amax((1, 2, 3), keepdim=True)
-    believed = F.interpolate(opinion, size, mode="bilinear", align_corners=False)
-    weight = ((believed - low) / (high - low).clamp_min(1e-8)).clamp(0.0, 1.0)
+    believed = F.interpolate(F.relu(judged), size, mode="bilinear", align_corners=False)
+    low, high = believed.amin((1, 2, 3), keepdim=True), believed.amax((1, 2, 3), keepdim=True)
+    weight = (believed - low) / (high - low).clamp_min(1e-8)
     if kind == "inverse":
         weight = 1.0 - weight
-    differs = high - low > 1e-6 * high.clamp_min(1.0)
+    differs = high - low > 1e-5 * high  # more than rounding of the interpolation
     return torch.where(differs, weight, torch.ones_like(weight))

@@ -74,6 +74,20 @@ class Adversarial:
     """Standard deviation of the first weights; 0: the architecture's own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What of a run's configuration every recipe takes."""
+
+    seed: int
+    residual: bool
+    """The generator gives the difference to its source."""
+    epoch_steps: int = 1
+    """Steps that bring every training slice once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_clip: float = 0.0
+    """Largest norm of a gradient; 0: any."""
+
+
 class Training:
     """Optimisers and their learning rate over the steps of a run."""
 

@@ -26,6 +26,7 @@ from training.adversarial import (
 from training.recipes import Batch, Parts, average_of, step_rng, update_average
 from training.recipes.adversarial import (
     Adversarial,
+    Run,
     Training,
     backward,
     build_discriminator,
@@ -48,12 +49,7 @@ class Aps(Parts):
         self,
         generator: Generator,
         settings: Adversarial,
-        *,
-        residual: bool,
-        seed: int,
-        epoch_steps: int,
-        precision: str = "fp32",
-        gradient_clip: float = 0.0,
+        run: Run,
     ) -> None:
         """The generator gets fresh weights.
 
@@ -62,17 +58,16 @@ class Aps(Parts):
         """
         if settings.gan == "wgangp":
             raise ConfigError("adversarial.gan: wgangp is not for aps; take lsgan or vanilla")
-        self.settings, self.seed, self.residual = settings, seed, residual
-        self.precision, self.clip = precision, gradient_clip
-        initialise(generator, step_rng(seed, 0), settings.initial_spread)
+        self.settings, self.run = settings, run
+        initialise(generator, step_rng(run.seed, 0), settings.initial_spread)
         self.generator, self.average = generator.train(), average_of(generator)
-        self.discriminator = build_discriminator(settings, 1, seed + 1)
+        self.discriminator = build_discriminator(settings, 1, run.seed + 1)
         file = settings.structure_features
         weights = None if file == "random" else Path(file)
-        step_rng(seed, 2)  # the encoder's first weights
+        step_rng(run.seed, 2)  # the encoder's first weights
         self.features = Vgg16(weights, divide=settings.structure_divide)
         self.correlation = SpatialCorrelation(self.features.channels())
-        self.training = Training(settings, epoch_steps)
+        self.training = Training(settings, run.epoch_steps)
         self.optimizer_g = self.training.adam([self.generator])
         self.optimizer_d = self.training.adam([self.discriminator])
         self.optimizer_s = self.training.adam([self.features, self.correlation])
@@ -90,10 +85,10 @@ class Aps(Parts):
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        s, draw = self.settings, step_rng(self.seed, step)
+        s, draw = self.settings, step_rng(self.run.seed, step)
         self.training.set_rate([self.optimizer_g, self.optimizer_d, self.optimizer_s], step)
         prediction = translate(
-            self.generator, batch.source, residual=self.residual, precision=self.precision
+            self.generator, batch.source, residual=self.run.residual, precision=self.run.precision
         )
         middle = batch.source.shape[1] // 2
         source = batch.source[:, middle : middle + 1]
@@ -108,7 +103,7 @@ class Aps(Parts):
             s.gan, self.discriminator(batch.target), self.discriminator(fake)
         )
         losses |= finite({"discriminator": loss_d}, step)
-        backward(loss_d, self.optimizer_d, [self.discriminator], self.clip)
+        backward(loss_d, self.optimizer_d, [self.discriminator], self.run.gradient_clip)
 
         # L_G = L_adv + 100 L_pix + 10 L_str
         require_grad([self.discriminator, self.features, self.correlation], False)
@@ -126,7 +121,7 @@ class Aps(Parts):
             terms["structure"] = s.structure_weight * mind_loss(source, prediction)
         losses |= finite(terms, step)
         loss_g = torch.stack(list(terms.values())).sum()
-        backward(loss_g, self.optimizer_g, [self.generator], self.clip)
+        backward(loss_g, self.optimizer_g, [self.generator], self.run.gradient_clip)
         update_average(self.average, self.generator, s.ema_decay, step)
         return losses
 
@@ -146,5 +141,5 @@ class Aps(Parts):
         others = [other.roll(1, 1) for other in others]  # another query, whatever the shuffle
         loss = contrast_loss(pairs, others, self.settings.structure_temperature)
         losses = finite({"encoder": loss}, step)
-        backward(loss, self.optimizer_s, encoder, self.clip)
+        backward(loss, self.optimizer_s, encoder, self.run.gradient_clip)
         return losses

@@ -22,6 +22,7 @@ from training.adversarial import (
 from training.recipes import Batch, Parts, average_of, step_rng, update_average
 from training.recipes.adversarial import (
     Adversarial,
+    Run,
     Training,
     backward,
     build_discriminator,
@@ -38,23 +39,17 @@ class CycleGan(Parts):
         forward: Generator,
         backward_: Generator,
         settings: Adversarial,
-        *,
-        residual: bool,
-        seed: int,
-        epoch_steps: int,
-        precision: str = "fp32",
-        gradient_clip: float = 0.0,
+        run: Run,
     ) -> None:
         """`forward` is G_AB, `backward_` is G_BA; both get fresh weights."""
-        self.settings, self.seed, self.residual = settings, seed, residual
-        self.precision, self.clip = precision, gradient_clip
-        initialise(forward, step_rng(seed, 0), settings.initial_spread)
-        initialise(backward_, step_rng(seed, 1), settings.initial_spread)
+        self.settings, self.run = settings, run
+        initialise(forward, step_rng(run.seed, 0), settings.initial_spread)
+        initialise(backward_, step_rng(run.seed, 1), settings.initial_spread)
         self.g_ab, self.g_ba = forward.train(), backward_.train()
         self.average_ab, self.average_ba = average_of(forward), average_of(backward_)
-        self.d_a = build_discriminator(settings, 1, seed + 1)
-        self.d_b = build_discriminator(settings, 1, seed + 2)
-        self.training = Training(settings, epoch_steps)
+        self.d_a = build_discriminator(settings, 1, run.seed + 1)
+        self.d_b = build_discriminator(settings, 1, run.seed + 2)
+        self.training = Training(settings, run.epoch_steps)
         self.optimizer_g = self.training.adam([self.g_ab, self.g_ba])
         self.optimizer_d = self.training.adam([self.d_a, self.d_b])
         self.pool_a, self.pool_b = ImagePool(settings.pool), ImagePool(settings.pool)
@@ -72,7 +67,7 @@ class CycleGan(Parts):
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        draw = step_rng(self.seed, step)
+        draw = step_rng(self.run.seed, step)
         self.training.set_rate([self.optimizer_g, self.optimizer_d], step)
         a, b = batch.source, batch.target
         fake_b, fake_a = self._translate(self.g_ab, a), self._translate(self.g_ba, b)
@@ -81,13 +76,18 @@ class CycleGan(Parts):
         terms = self._generator_terms(a, b, fake_a, fake_b)
         losses = finite(terms, step)
         generators = [self.g_ab, self.g_ba]
-        backward(torch.stack(list(terms.values())).sum(), self.optimizer_g, generators, self.clip)
+        backward(
+            torch.stack(list(terms.values())).sum(),
+            self.optimizer_g,
+            generators,
+            self.run.gradient_clip,
+        )
 
         require_grad([self.d_a, self.d_b], True)
         loss_a = self._judge(self.d_a, a, self.pool_a.exchange(fake_a, draw), draw)
         loss_b = self._judge(self.d_b, b, self.pool_b.exchange(fake_b, draw), draw)
         losses |= finite({"discriminator_a": loss_a, "discriminator_b": loss_b}, step)
-        backward(loss_a + loss_b, self.optimizer_d, [self.d_a, self.d_b], self.clip)
+        backward(loss_a + loss_b, self.optimizer_d, [self.d_a, self.d_b], self.run.gradient_clip)
         for average, network in ((self.average_ab, self.g_ab), (self.average_ba, self.g_ba)):
             update_average(average, network, self.settings.ema_decay, step)
         return losses
@@ -96,7 +96,7 @@ class CycleGan(Parts):
         return {"forward": self.average_ab, "backward": self.average_ba}
 
     def _translate(self, generator: Generator, image: Tensor) -> Tensor:
-        return translate(generator, image, residual=self.residual, precision=self.precision)
+        return translate(generator, image, residual=self.run.residual, precision=self.run.precision)
 
     def _generator_terms(
         self, a: Tensor, b: Tensor, fake_a: Tensor, fake_b: Tensor

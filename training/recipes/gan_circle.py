@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.networks import Generator
-from training.recipes.adversarial import Adversarial
+from training.recipes.adversarial import Adversarial, Run
 from training.recipes.cyclegan import CycleGan
 
 IMAGE_SHARE, DIFFERENCE_SHARE = 0.1, 0.9
@@ -24,12 +24,7 @@ class GanCircle(CycleGan):
         forward: Generator,
         backward_: Generator,
         settings: Adversarial,
-        *,
-        residual: bool,
-        seed: int,
-        epoch_steps: int,
-        precision: str = "fp32",
-        gradient_clip: float = 0.0,
+        run: Run,
     ) -> None:
         """As CycleGan.
 
@@ -42,11 +37,7 @@ class GanCircle(CycleGan):
             forward,
             backward_,
             settings,
-            residual=residual,
-            seed=seed,
-            epoch_steps=epoch_steps,
-            precision=precision,
-            gradient_clip=gradient_clip,
+            run,
         )
 
     def _generator_terms(

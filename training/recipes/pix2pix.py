@@ -21,6 +21,7 @@ from training.adversarial import (
 from training.recipes import Batch, Parts, average_of, step_rng, update_average
 from training.recipes.adversarial import (
     Adversarial,
+    Run,
     Training,
     backward,
     build_discriminator,
@@ -35,23 +36,17 @@ class Pix2Pix(Parts):
         self,
         generator: Generator,
         settings: Adversarial,
-        *,
-        channels: int,
-        residual: bool,
-        seed: int,
-        epoch_steps: int,
-        precision: str = "fp32",
-        gradient_clip: float = 0.0,
+        run: Run,
+        channels: int = 1,
     ) -> None:
         """`channels`: of the source. The generator gets fresh weights."""
-        self.settings, self.seed, self.residual = settings, seed, residual
-        self.precision, self.clip = precision, gradient_clip
-        initialise(generator, step_rng(seed, 0), settings.initial_spread)
+        self.settings, self.run = settings, run
+        initialise(generator, step_rng(run.seed, 0), settings.initial_spread)
         self.generator = generator.train()
         self.average = average_of(generator)
         judged = channels + 1 if settings.discriminator.conditional else 1
-        self.discriminator = build_discriminator(settings, judged, seed + 1)
-        self.training = Training(settings, epoch_steps)
+        self.discriminator = build_discriminator(settings, judged, run.seed + 1)
+        self.training = Training(settings, run.epoch_steps)
         self.optimizer_g = self.training.adam([self.generator])
         self.optimizer_d = self.training.adam([self.discriminator])
         self.pool = ImagePool(settings.pool)
@@ -65,10 +60,10 @@ class Pix2Pix(Parts):
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        s, draw = self.settings, step_rng(self.seed, step)
+        s, draw = self.settings, step_rng(self.run.seed, step)
         self.training.set_rate([self.optimizer_g, self.optimizer_d], step)
         prediction = translate(
-            self.generator, batch.source, residual=self.residual, precision=self.precision
+            self.generator, batch.source, residual=self.run.residual, precision=self.run.precision
         )
 
         # L_D = 1/2 [D(x, y) real + D(x, G(x)) fake]
@@ -82,7 +77,7 @@ class Pix2Pix(Parts):
                 self.discriminator, real, fake, share, s.penalty_weight
             )
         losses = finite({"discriminator": loss_d}, step)
-        backward(loss_d, self.optimizer_d, [self.discriminator], self.clip)
+        backward(loss_d, self.optimizer_d, [self.discriminator], self.run.gradient_clip)
 
         # L_G = D(x, G(x)) real + lambda |y - G(x)|
         require_grad([self.discriminator], False)
@@ -90,7 +85,7 @@ class Pix2Pix(Parts):
         pixel = (batch.weight * (prediction - batch.target).abs()).mean()
         loss_g = s.adversarial_weight * adversarial + s.pixel_weight * pixel
         losses |= finite({"adversarial": adversarial, "pixel": pixel, "generator": loss_g}, step)
-        backward(loss_g, self.optimizer_g, [self.generator], self.clip)
+        backward(loss_g, self.optimizer_g, [self.generator], self.run.gradient_clip)
         update_average(self.average, self.generator, s.ema_decay, step)
         return losses
 

@@ -17,6 +17,7 @@ from training.adversarial import finite
 from training.config import Optimisation
 from training.losses import charbonnier, local_bias
 from training.recipes import Batch, Parts, average_of, update_average
+from training.recipes.adversarial import translate
 
 WARM_UP_STEPS = 200
 
@@ -24,20 +25,31 @@ WARM_UP_STEPS = 200
 class Supervised(Parts):
     """Adam, cosine learning rate, running mean of the weights."""
 
-    def __init__(self, generator: Generator, settings: Optimisation, hu_per_unit: float) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        settings: Optimisation,
+        hu_per_unit: float,
+        *,
+        residual: bool = True,
+    ) -> None:
+        """`hu_per_unit`: what one unit of the network stands for, HU (or the target's unit)."""
         self.generator = generator.train()
         self.average = average_of(generator)
         self.settings = settings
-        self.hu_per_unit = hu_per_unit
+        self.hu_per_unit, self.residual = hu_per_unit, residual
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.learning_rate)
         super().__init__(generator=self.generator, average=self.average, optimizer=self.optimizer)
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(batch.source.device.type, torch.bfloat16, enabled=bf16):
-            difference = self.generator(batch.source)
-        error_hu = (batch.source + difference.float() - batch.target) * self.hu_per_unit
+        prediction = translate(
+            self.generator,
+            batch.source,
+            residual=self.residual,
+            precision=self.settings.precision,
+        )
+        error_hu = (prediction - batch.target) * self.hu_per_unit
         fidelity = charbonnier(error_hu, self.settings.charbonnier_hu, batch.weight)
         bias = local_bias(error_hu)
         loss = fidelity + self.settings.bias_weight * bias

@@ -1,0 +1,196 @@
+"""From the trained generators of a translation to model packages."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dicomnode.errors import ConfigError
+from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.manifest import (
+    DicomSpec,
+    InputSpec,
+    Manifest,
+    OutputSpec,
+    Padding,
+    Range,
+    Tiling,
+)
+from dicomnode.imaging.networks import Generator
+from dicomnode.imaging.package import ModelPackage, write_package
+from training.config import Backward, Images, Publish, Side, TrainConfig
+from training.errors import TrainingError
+from training.export import golden_input
+from training.pairs import Found, Plane
+from training.split import PARTS, Split
+from training.translation import TranslationFigures, evaluate_planes, translator
+
+
+def export_translation(
+    config: TrainConfig,
+    data: Images,
+    networks: Mapping[str, Generator],
+    found: Found,
+    split: Split,
+) -> list[ModelPackage]:
+    """Write the package of `config`, and that of the way back where there is one.
+
+    Raises:
+        ConfigError: a card cannot be read, or names an unknown figure.
+    """
+    if config.publish is None:
+        raise ConfigError("publish: missing; it says what the package is for")
+    figures = evaluate_planes(
+        translator(networks["forward"], config, data), found, split["test"], data
+    )
+    forward = Backward(config.name, config.package, config.card, config.publish)
+    written = [_write(config, data, forward, networks["forward"], found.sources, split, figures)]
+    if config.backward is not None:
+        if "backward" not in networks:
+            raise ConfigError(f"backward: {config.recipe} trains one way only; remove the key")
+        turned, back = turned_round(data), Found(found.targets, found.sources, {}, ())
+        figures = evaluate_planes(
+            translator(networks["backward"], config, turned), back, split["test"], turned
+        )
+        written.append(
+            _write(
+                config, turned, config.backward, networks["backward"], back.sources, split, figures
+            )
+        )
+    return written
+
+
+def turned_round(data: Images) -> Images:
+    """The same images with source and target exchanged."""
+    return replace(data, source=data.target, target=data.source)
+
+
+def _write(
+    config: TrainConfig,
+    data: Images,
+    target: Backward,
+    generator: Generator,
+    planes: Sequence[Plane],
+    split: Split,
+    figures: TranslationFigures,
+) -> ModelPackage:
+    training = _describe_training(config, data, planes, split)
+    validation = _describe_figures(figures)
+    manifest = _manifest(config, data, target, generator, planes, training, validation)
+    try:
+        template = Path(target.card).read_text("utf-8")
+        card = template.format(name=target.name, version=config.version, **training, **validation)
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"card: {target.card}: {error!r}") from error
+    golden = _golden(config, data.source, generator)
+    return write_package(Path(target.package), manifest, generator.state_dict(), golden, card)
+
+
+def _manifest(
+    config: TrainConfig,
+    data: Images,
+    target: Backward,
+    generator: Generator,
+    planes: Sequence[Plane],
+    training: Mapping[str, Any],
+    validation: Mapping[str, Any],
+) -> Manifest:
+    publish: Publish = target.publish
+    normalisation = normalisation_of(generator)
+    spacing = [plane.spacing_mm[0] for plane in planes]
+    sides = [max(plane.physical.shape) for plane in planes]
+    view = [plane.spacing_mm[1] * plane.physical.shape[1] for plane in planes]
+    exact = normalisation != "instance"
+    return Manifest(
+        format=1,
+        name=target.name,
+        version=config.version,
+        task=publish.task,
+        generator=config.generator,
+        input=InputSpec(
+            modality=data.source.modality,
+            unit=data.source.unit,
+            intensity=data.source.intensity,
+            slices=data.slices,
+            spacing_mm=Range(min(spacing), max(spacing)),
+            matrix=Range(min(sides), max(sides)),
+            field_of_view_mm=Range(min(view), max(view)),
+            padding=Padding(publish.padding, generator.multiple),
+        ),
+        output=OutputSpec(
+            modality=data.target.modality,
+            unit=data.target.unit,
+            intensity=data.target.intensity,
+            residual=config.residual,
+        ),
+        normalisation=normalisation,
+        tiling=Tiling(exact, _overlap(generator) if exact else 0),
+        bounds=publish.bounds,
+        dicom=DicomSpec(target.name, publish.algorithm_family, config.version),
+        licence=publish.licence,
+        intended_use=publish.intended_use,
+        training=training,
+        validation=validation,
+        qa=publish.qa,
+    )
+
+
+def normalisation_of(generator: nn.Module) -> Any:
+    """none, batch or instance: what the network's normalisation layers look at."""
+    kinds = {type(module) for module in generator.modules()}
+    if nn.InstanceNorm2d in kinds:
+        return "instance"
+    return "batch" if nn.BatchNorm2d in kinds else "none"
+
+
+def _overlap(generator: Generator) -> int:
+    step = np.lcm(8, generator.multiple)
+    return int(-(-generator.receptive_field // step) * step)
+
+
+def _describe_training(
+    config: TrainConfig, data: Images, planes: Sequence[Plane], split: Split
+) -> dict[str, Any]:
+    """Where the weights come from: plain values."""
+    mine = {part: [plane for plane in planes if plane.patient in split[part]] for part in PARTS}
+    return {
+        "config_sha256": config.digest(),
+        "collection": data.collection,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "steps": config.optimisation.steps,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "slices": {part: len(mine[part]) for part in PARTS},
+        "patients": {part: len({plane.patient for plane in mine[part]}) for part in PARTS},
+    }
+
+
+def _describe_figures(figures: TranslationFigures) -> dict[str, Any]:
+    """Name -> [mean over patients, lowest, highest], and how many there were."""
+    patients = list(figures.by_patient().values())
+    if not patients:
+        raise TrainingError("no test patient; see data.split")
+    result: dict[str, Any] = {"patients_tested": len(patients)}
+    for name in patients[0]:
+        values = [patient[name] for patient in patients]
+        result[name] = [round(f(values), 3) for f in (lambda v: float(np.mean(v)), min, max)]
+    return result
+
+
+def _golden(config: TrainConfig, source: Side, generator: Generator) -> NDArray[np.float32]:
+    """A generated body in the unit of the source, (slices, rows, columns), float32."""
+    hu = np.clip(golden_input(config.seed), -1000.0, 1000.0)
+    side = max(96, generator.multiple)
+    hu = np.pad(hu, ((0, 0), (0, side - 96), (0, side - 96)), mode="edge")
+    low, high = 0.0, 1000.0
+    if isinstance(source.intensity, Window):
+        low, high = source.intensity.low, source.intensity.high
+    body = low + (hu + 1000.0) / 2000.0 * (high - low)
+    return np.repeat(body, 3, axis=0).astype(np.float32)
