@@ -130,7 +130,8 @@ class RetentionSection:
     received_hours: float = setting(24.0, "hours to keep received instances", check=_NOT_NEGATIVE)
     results_hours: float = setting(168.0, "hours to keep derived instances", check=_NOT_NEGATIVE)
     require_commitment: bool = setting(
-        True, "delete nothing that a peer with storage_commitment has not committed"
+        True,
+        "delete nothing that a peer with storage_commitment has not committed (none can be yet)",
     )
 
 
