@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import socket
+import struct
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_dataset, read_preamble
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
@@ -38,6 +37,12 @@ _NOT_SUPPORTED = 0x0122  # SOP class not supported (PS3.7 C.5.5)
 _CONNECT_SECONDS, _RESPONSE_SECONDS = 15, 120
 _PATIENCE = Patience(_CONNECT_SECONDS, 30, _RESPONSE_SECONDS)
 _MAX_CONTEXTS = 128
+_START = 16_384
+"""Bytes of a file that hold its file meta information."""
+_META = (0x0002, 0x0003, 0x0010)
+"""MediaStorageSOPClassUID, MediaStorageSOPInstanceUID, TransferSyntaxUID."""
+_LONG = (b"OB", b"OW", b"UN", b"UT", b"UC", b"UR", b"SQ")
+"""Value representations with a length of four bytes."""
 _NO_REASON = 1
 
 
@@ -90,7 +95,10 @@ def send_instances(
             0xCxxx); instances accepted before were told to `on_status`.
         DeliveryError: it may work later: no connection, a lost association, another status.
     """
-    instances = [_instance(path) for path in paths]
+    instances = [
+        _instance(path, f"file {number} of {len(paths)}")
+        for number, path in enumerate(paths, start=1)
+    ]
     try:
         with _calling(address, _contexts(instances)) as call:
             refused: list[str] = []
@@ -268,20 +276,44 @@ class _Instance:
     """Where its data set starts."""
 
 
-def _instance(path: Path) -> _Instance:
+def _instance(path: Path, which: str) -> _Instance:
+    """`which`: how to call it in words; a name of a file may be a patient's."""
     try:
-        with path.open("rb") as file:
-            read_preamble(file, force=False)
-            meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
-            return _Instance(
-                path,
-                str(meta["MediaStorageSOPClassUID"].value),
-                str(meta["MediaStorageSOPInstanceUID"].value),
-                str(meta["TransferSyntaxUID"].value),
-                file.tell(),
-            )
-    except (OSError, InvalidDicomError, KeyError, ValueError, EOFError) as error:
-        raise DeliveryRefused(f"{path.name} is not a DICOM Part 10 file") from error
+        with path.open("rb", buffering=0) as file:
+            start = file.read(_START)
+        if start[128:132] != b"DICM":
+            raise DeliveryRefused(f"{which} is not a DICOM Part 10 file")
+        meta, offset = _file_meta(start)
+        sop_class, sop_instance, syntax = (
+            meta[element].rstrip(b"\0 ").decode("ascii") for element in _META
+        )
+        return _Instance(path, sop_class, sop_instance, syntax, offset)
+    except OSError as error:
+        raise DeliveryError(f"{which} cannot be read now: {error.strerror}") from error
+    except (KeyError, ValueError, struct.error) as error:
+        raise DeliveryRefused(f"{which} has no file meta information") from error
+
+
+def _file_meta(start: bytes) -> tuple[dict[int, bytes], int]:
+    """Values of group 0002 by element, and where the data set starts (PS3.10 7.1, PS3.5 7.1.2).
+
+    Raises:
+        KeyError, ValueError, struct.error: it is not explicit VR, or longer than `start`.
+    """
+    values, at = {}, 132
+    while start[at : at + 2] == b"\2\0":
+        (element,) = struct.unpack_from("<H", start, at + 2)
+        if start[at + 4 : at + 6] in _LONG:
+            (length,) = struct.unpack_from("<L", start, at + 8)
+            at += 12
+        else:
+            (length,) = struct.unpack_from("<H", start, at + 6)
+            at += 8
+        values[element] = start[at : at + length]
+        at += length
+    if at >= len(start):
+        raise ValueError("the file meta information has no end")
+    return values, at
 
 
 def _contexts(instances: Sequence[_Instance]) -> list[tuple[str, str]]:

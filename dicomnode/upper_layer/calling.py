@@ -14,7 +14,13 @@ from typing import IO
 
 from dicomnode.errors import DicomNodeError
 from dicomnode.upper_layer import pdu
-from dicomnode.upper_layer.dimse import InvalidCommand, echo_request, read_response, store_request
+from dicomnode.upper_layer.dimse import (
+    CommandField,
+    InvalidCommand,
+    echo_request,
+    read_response,
+    store_request,
+)
 from dicomnode.upper_layer.pdu import (
     AbortReason,
     AnsweredContext,
@@ -25,7 +31,7 @@ from dicomnode.upper_layer.pdu import (
     Rejection,
 )
 from dicomnode.upper_layer.service import Identity
-from dicomnode.upper_layer.stream import Closed, Expired, Stream
+from dicomnode.upper_layer.stream import Closed, Expired, Stream, room
 
 PIECE = 2 << 20
 """Bytes of a file that are read at once."""
@@ -130,7 +136,7 @@ class Call:
         context = self.accepted[abstract_syntax, transfer_syntax]
         self._message += 1
         self._send([self._command(context, echo_request(abstract_syntax, self._message))])
-        return self._response(context)[0]
+        return self._response(context, CommandField.C_ECHO_RQ)[0]
 
     def store(
         self, context: int, sop_class: str, sop_instance: str, data_set: IO[bytes]
@@ -146,7 +152,7 @@ class Call:
         for parts in self._parts(context, data_set):
             self._send([*first, *parts])
             first = []
-        return self._response(context)
+        return self._response(context, CommandField.C_STORE_RQ)
 
     def release(self) -> None:
         """A-RELEASE, and the end of the connection whatever the peer answers."""
@@ -198,6 +204,8 @@ class Call:
         answers, longest = pdu.read_associate_accept(body)
         self._open = True
         self._longest = min(longest or _PART_SHOULD_BE, _PART_SHOULD_BE)
+        part = max(2, self._longest - pdu.PDV_HEADER.size) & ~1
+        self._pieces = room(2 * max(part, PIECE // part * part))  # pages come as they are used
         self.accepted = _agreed(proposed, answers)
 
     def _header(self) -> tuple[PduType, int]:
@@ -215,9 +223,8 @@ class Call:
     def _parts(self, context: int, data_set: IO[bytes]) -> Iterator[list[bytes | memoryview]]:
         """The data set as P-DATA-TF PDUs, a piece of the file at a time (PS3.8 Annex E)."""
         most = max(2, self._longest - pdu.PDV_HEADER.size) & ~1
-        size = max(most, PIECE // most * most)
-        buffers = memoryview(bytearray(2 * size))
-        now, spare = buffers[:size], buffers[size:]
+        size = len(self._pieces) // 2
+        now, spare = self._pieces[:size], self._pieces[size:]
         held = _fill(now, data_set)
         while True:
             ahead = _fill(spare, data_set) if held == size else 0
@@ -244,14 +251,14 @@ class Call:
             self._close()
             raise Lost(_words(error)) from error
 
-    def _response(self, context: int) -> tuple[int, str]:
+    def _response(self, context: int, request: CommandField) -> tuple[int, str]:
         """Status and comment of the response to the last request (PS3.7 9.3)."""
         if self._plain:
             with contextlib.suppress(OSError):  # peers with Nagle wait for our acknowledgement
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._stream.expire_in(self._patience.response)
         try:
-            response = read_response(self._message_of(context))
+            response = read_response(self._message_of(context), request)
             if response.message_id != self._message:
                 raise InvalidPdu("a response to a message that was not sent")
         except (InvalidPdu, InvalidCommand) as error:

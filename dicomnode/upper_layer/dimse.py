@@ -79,15 +79,15 @@ class Response:
     """ErrorComment; a peer's words, which may hold anything: never log them."""
 
 
-def read_response(data: bytes) -> Response:
-    """Parse the command set of a C-STORE or C-ECHO response (PS3.7 9.3).
+def read_response(data: bytes, request: CommandField) -> Response:
+    """Parse the command set of the response to a C-STORE or C-ECHO `request` (PS3.7 9.3).
 
     Raises:
-        InvalidCommand: a length is wrong, it is no response, or it lacks an element.
+        InvalidCommand: a length is wrong, it is no such response, or it lacks an element.
     """
     elements = _elements(data)
-    if not _number(elements, 0x0100) & _RESPONSE:
-        raise InvalidCommand("a request where a response was due")
+    if _number(elements, 0x0100) != request | _RESPONSE:
+        raise InvalidCommand("not the response to this kind of request")
     comment = elements.get(0x0902, b"").decode("ascii", "replace").strip(" \0")
     return Response(_number(elements, 0x0120), _number(elements, 0x0900), comment)
 

@@ -358,7 +358,9 @@ def abort(source: int, reason: int) -> bytes:
 
 def p_data_command(context_id: int, command: bytes, max_length: int) -> bytes:
     """A command set as P-DATA-TF PDUs no longer than the peer takes (PS3.8 9.3.5, PS3.7 6.3.1)."""
-    most = max_length - PDV_HEADER.size if max_length else len(command)
+    most = (
+        (max_length - PDV_HEADER.size) & ~1 if max_length else len(command)
+    )  # even, as values are
     pdus = []
     for at in range(0, len(command), most):
         part = command[at : at + most]
