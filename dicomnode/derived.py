@@ -374,11 +374,12 @@ def _series_number(source: Any, rule: str | int, beside: int) -> int:
 
 
 def _series_description(first: Dataset, identity: Identity, options: OutputOptions) -> str:
-    """At most 64 characters; only the model's and the source's texts are ever cut, ending in ~."""
+    """At most 64 characters; only the model's name and the source's text are cut, ending in ~."""
     fixed = len(options.description.replace("{source}", "").replace("{model}", ""))
     name = re.sub(r"[{}]", "", f"stack {options.stack} {options.stack_name}")
-    stack = f" ({plain_text(name, 20)})" if options.stack else ""
-    model = plain_text(identity.name, max(60 - fixed - len(stack), 1))
+    remark = f" {identity.remark}" if identity.remark else ""
+    stack = f" ({plain_text(name, 20 - len(remark))})" if options.stack else ""
+    model = plain_text(identity.name, max(60 - fixed - len(stack + remark), 1)) + remark
     template = options.description.replace("{model}", model) + stack
     source = first.get("SeriesDescription") or ""
     if not isinstance(source, str):

@@ -108,6 +108,7 @@ def identity_of(model: Model) -> Identity:
         algorithm_version=manifest.dicom.algorithm_version,
         node_version=__version__,
         precision=f"{model.precision} {model.device.partition(':')[0]}",
+        remark=manifest.dicom.remark,
     )
 
 

@@ -38,6 +38,7 @@ class Identity:
         digest: sha256 (hex) of the package's SHA256SUMS.
         precision: number format and kind of device, for example "fp32 cpu".
         params: of the model's task, for example "early=60min delayed=120min"; empty: none.
+        remark: follows the name in SeriesDescription, never cut; empty: none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Identity:
     node_version: str
     precision: str
     params: str = ""
+    remark: str = ""
 
 
 def coding_scheme() -> CodingSchemeIdentificationItem:

@@ -69,6 +69,7 @@ def check_bounds(source: Volume, datasets: Sequence[Dataset], package: ModelPack
         if value is not None and value not in allowed:
             raise _outside(package, f"{what} is {value:g}, allowed {_words(allowed)}")
     _check_excluded(datasets, bounds.exclude, package)
+    _check_required(datasets, bounds.require, package)
     _check_range(source, bounds.hu_range, package)
 
 
@@ -76,12 +77,23 @@ def _check_excluded(
     datasets: Sequence[Dataset], excluded: Mapping[str, tuple[str, ...]], package: ModelPackage
 ) -> None:
     for keyword, patterns in excluded.items():
-        for dataset in datasets:
-            value = dataset.get(keyword)
-            texts = value if isinstance(value, MultiValue) else [value]
-            for text in texts:
-                if any(fnmatchcase(str(text).upper(), p.upper()) for p in patterns):
-                    raise _outside(package, f"{keyword} is excluded ({', '.join(patterns)})")
+        if any(_matches(dataset, keyword, patterns) for dataset in datasets):
+            raise _outside(package, f"{keyword} is excluded ({', '.join(patterns)})")
+
+
+def _check_required(
+    datasets: Sequence[Dataset], required: Mapping[str, tuple[str, ...]], package: ModelPackage
+) -> None:
+    for keyword, patterns in required.items():
+        if not all(_matches(dataset, keyword, patterns) for dataset in datasets):
+            raise _outside(package, f"{keyword} is not one of {', '.join(patterns)}")
+
+
+def _matches(dataset: Dataset, keyword: str, patterns: Sequence[str]) -> bool:
+    """Whether a value of `keyword` is one of `patterns`; an absent one reads ``None``."""
+    value = dataset.get(keyword)
+    texts = value if isinstance(value, MultiValue) else [value]
+    return any(fnmatchcase(str(text).upper(), p.upper()) for text in texts for p in patterns)
 
 
 def _check_range(source: Volume, allowed: Range, package: ModelPackage) -> None:

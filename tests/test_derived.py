@@ -467,6 +467,17 @@ def test_a_long_description_is_cut_before_the_marker() -> None:
     assert len(text) == 64
 
 
+def test_the_remark_of_a_demonstration_is_never_cut() -> None:
+    identity = dataclasses.replace(DENOISER, name="m" * 80, remark="LIMB DEMO")
+    options = OutputOptions(
+        description="{source} " + "Y" * 39 + "{model}", stack=2, stack_name="s" * 30
+    )
+    series = ct_series(2, SeriesDescription="x" * 64)
+    text = derive(series, identity=identity, options=options)[2][0].SeriesDescription
+    assert len(text) <= 64
+    assert "LIMB DEMO (stack 2" in text
+
+
 @pytest.mark.parametrize(
     ("rule", "source", "number"),
     [("+1000", 4, 1004), (7, 4, 7), ("+5", None, 5), ("+1000", 2147483000, 1000)],

@@ -75,6 +75,11 @@ OUTSIDE: list[tuple[dict[str, Any], str]] = [
     ({"hu_range": Range(-500, None)}, "a voxel has -10"),
     ({"exclude": {"ConvolutionKernel": ("b3*",)}}, "ConvolutionKernel is excluded (b3*)"),
     ({"exclude": {"ImageType": ("AXIAL",)}}, "ImageType is excluded (AXIAL)"),
+    (
+        {"require": {"ConvolutionKernel": ("b5*", "b6*")}},
+        "ConvolutionKernel is not one of b5*, b6*",
+    ),
+    ({"require": {"BodyPartExamined": ("LEG",)}}, "BodyPartExamined is not one of LEG"),
 ]
 
 
@@ -101,6 +106,17 @@ def test_one_excluded_instance_refuses_the_series(package: ModelPackage) -> None
     excluded = _bounded(package, exclude={"ConvolutionKernel": ("B70*",)})
     with pytest.raises(SeriesRefused, match="ConvolutionKernel is excluded"):
         check_bounds(volume, datasets, excluded)
+
+
+def test_one_instance_without_a_required_value_refuses_the_series(package: ModelPackage) -> None:
+    volume, datasets = _series()
+    required = _bounded(package, require={"BodyPartExamined": ("*LEG*", "EXTREMITY")})
+    for dataset in datasets:
+        dataset.BodyPartExamined = "LOWER LEG"
+    check_bounds(volume, datasets, required)
+    del datasets[3].BodyPartExamined
+    with pytest.raises(SeriesRefused, match="BodyPartExamined is not one of"):
+        check_bounds(volume, datasets, required)
 
 
 def test_an_absent_thickness_is_not_out_of_bounds(package: ModelPackage) -> None:

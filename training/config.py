@@ -49,8 +49,8 @@ class Data:
 class Side:
     """One of the two kinds of images of a translation."""
 
-    files: str
-    """Pattern below `data.root` of files, or of folders that hold one DICOM series each."""
+    files: tuple[str, ...]
+    """Patterns below `data.root` of files, or of folders that hold one DICOM series each."""
     modality: Literal["CT", "MR", "PT"]
     unit: Unit
     intensity: Intensity | Percentiles
@@ -160,6 +160,8 @@ class Publish:
     licence: str
     intended_use: str
     algorithm_family: str
+    remark: str = ""
+    """Of a demonstration: what follows the name in every SeriesDescription."""
     padding: Literal["reflect", "replicate"] = "reflect"
     qa: Mapping[str, float] = field(default_factory=dict)
 

@@ -135,16 +135,18 @@ def draw_batch(
 
 def _files(root: Path, side: Side, pattern: str) -> dict[str, list[Path]]:
     """Patient -> its files of one side."""
-    paths = sorted(root.glob(side.files))
-    if not paths:
-        raise TrainingError(f"data: no file {side.files} below {root}; correct root or files")
+    paths = []
+    for wanted in side.files:
+        paths += (some := sorted(root.glob(wanted)))
+        if not some:
+            raise TrainingError(f"data: no file {wanted} below {root}; correct root or files")
     found: dict[str, list[Path]] = {}
     for path in paths:
         name = path.relative_to(root).as_posix()
         if pattern:
             match = re.search(pattern, name)
             if match is None or not match.groups():
-                raise TrainingError(f"data.patient: {pattern!r} names no patient in {side.files}")
+                raise TrainingError(f"data.patient: {pattern!r} names no patient in a path")
             name = match.group(1)
         found.setdefault(_hash(name), []).append(path)
     return found

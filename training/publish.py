@@ -132,7 +132,7 @@ def _manifest(
         normalisation=normalisation,
         tiling=Tiling(exact, _overlap(generator) if exact else 0),
         bounds=publish.bounds,
-        dicom=DicomSpec(target.name, publish.algorithm_family, config.version),
+        dicom=DicomSpec(target.name, publish.algorithm_family, config.version, publish.remark),
         licence=publish.licence,
         intended_use=publish.intended_use,
         training=training,

@@ -123,6 +123,8 @@ class Bounds:
     """Every voxel that is not padding, in the input's unit, lies inside."""
     exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """DICOM keyword -> values (``*`` and ``?`` wildcards) that are out of scope."""
+    require: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """DICOM keyword -> values, one of which every instance must have; no value is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,9 @@ class DicomSpec:
     algorithm_name: str
     algorithm_family: str
     algorithm_version: str
+    remark: str = ""
+    """ASCII that follows the model's name in every SeriesDescription: what a reader must know of a
+    demonstration before looking, for example ``LIMB DEMO``. At most 12 characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,11 @@ class Manifest:
             raise PackageError("manifest.input.padding.multiple: from 1 to 1024")
         if unknown := sorted(self.acceptance.keys() - {"fp16", "bf16", "int8"}):
             raise PackageError(f"manifest.acceptance: no number format {', '.join(unknown)}")
+        remark = self.dicom.remark
+        if not (remark.isascii() and (remark + "x").isprintable() and len(remark) <= 12):
+            raise PackageError("manifest.dicom.remark: at most 12 characters of printable ASCII")
+        if "\\" in remark or set(remark) & set("{}"):
+            raise PackageError("manifest.dicom.remark: no backslash, no braces")
         self._check_grid()
         if self.output.residual and self.input.unit != self.output.unit:
             raise PackageError("manifest.output.residual: the units of input and output differ")
