@@ -84,9 +84,8 @@ def find_images(data: Images) -> Found:
         pairs = [
             pair
             for patient in sorted(sources)
-            for pair in _pairs_of(
-                patient, _one(sources[patient]), _one(targets[patient]), data, left_out
-            )
+            for files in _partners(sources[patient], targets[patient])
+            for pair in _pairs_of(patient, *files, data, left_out)
         ]
         kept = _distinct(pairs, left_out)
         found = tuple(p.source for p in kept), tuple(p.target for p in kept)
@@ -142,26 +141,43 @@ def _files(root: Path, side: Side, pattern: str) -> dict[str, list[Path]]:
             raise TrainingError(f"data: no file {wanted} below {root}; correct root or files")
     found: dict[str, list[Path]] = {}
     for path in paths:
-        name = path.relative_to(root).as_posix()
-        if pattern:
-            match = re.search(pattern, name)
-            if match is None or not match.groups():
-                raise TrainingError(f"data.patient: {pattern!r} names no patient in a path")
-            name = match.group(1)
-        found.setdefault(_hash(name), []).append(path)
+        found.setdefault(patient_of(path.relative_to(root).as_posix(), pattern), []).append(path)
     return found
+
+
+def patient_of(name: str, pattern: str) -> str:
+    """The hash of the patient whose file this is.
+
+    Args:
+        name: of the file below the root of the data.
+        pattern: regular expression whose first group names the patient; empty: `name` does.
+
+    Raises:
+        TrainingError: the pattern names no patient in it.
+    """
+    if pattern:
+        match = re.search(pattern, name)
+        if match is None or not match.groups():
+            raise TrainingError(f"data.patient: {pattern!r} names no patient in a path")
+        name = match.group(1)
+    return _hash(name)
 
 
 def _hash(name: str) -> str:
     return hashlib.sha256(f"dicomnode split {name}".encode()).hexdigest()[:16]
 
 
-def _one(paths: Sequence[Path]) -> Path:
-    if len(paths) != 1:
+def _partners(sources: Sequence[Path], targets: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The pairs of a patient: one of each kind, or in each folder one of each kind."""
+    if len(sources) == len(targets) == 1:
+        return [(sources[0], targets[0])]
+    folders = [[path.parent for path in paths] for paths in (sources, targets)]
+    if folders[0] != folders[1] or len(set(folders[0])) != len(sources):
         raise TrainingError(
-            f"data: a patient has {len(paths)} images of one kind; pairs need one each"
+            f"data: a patient has {len(sources)} images of one kind and {len(targets)} of the "
+            "other; pairs need one of each, or one of each in every folder"
         )
-    return paths[0]
+    return list(zip(sources, targets, strict=True))
 
 
 def _pairs_of(

@@ -1,0 +1,1 @@
+"""What the cards of the bundled demonstration models claim, measured: see training/prove.py."""
