@@ -3,11 +3,13 @@
 
 RUN := .venv/bin/python -m
 
-.PHONY: help demo test lint serve docs-images setup packages
+.PHONY: help demo models test lint serve docs-images setup packages
 
 help:
 	@echo "make demo         a CT series goes in and comes back translated; see demo-out/"
 	@echo "make demo DICOM=folder   the same with a series of yours"
+	@echo "make demo MODEL=name     the same with another package of models/ (see make models)"
+	@echo "make models              the bundled packages, and the command that makes each"
 	@echo "make test         every check: format, types, layers, tests"
 	@echo "make serve        run the node with config.yaml"
 	@echo "make lint         format, types, layers"
@@ -20,7 +22,7 @@ packages:
 	@.ci/packages
 
 demo: setup
-	@$(RUN) dicomnode demo --config config.yaml --out demo-out $(if $(DICOM),--dicom "$(DICOM)")
+	@$(RUN) dicomnode demo --config config.yaml --out demo-out $(if $(DICOM),--dicom "$(DICOM)") $(if $(MODEL),--model "$(MODEL)")
 
 serve: setup
 	@exec $(RUN) dicomnode serve --config config.yaml
@@ -33,6 +35,13 @@ lint: setup
 	$(RUN) ruff check .
 	$(RUN) mypy
 	.venv/bin/lint-imports
+
+models: setup
+	@$(RUN) dicomnode models list --config config.yaml
+	@echo "made by:"
+	@grep -l "^package: models/" training/configs/*.yaml | sed 's|^|  python training/train.py |'
+	@echo "  (first, for cect:        python training/simulate_contrast.py ../shared/data runs/contrast-pairs)"
+	@echo "  (first, for delayed-pet: python training/simulate_delayed_pet.py ../shared/data runs/pet-pairs)"
 
 docs-images: setup
 	.venv/bin/python docs/images/make.py

@@ -24,6 +24,7 @@ from benchmarks.peers import (
     ENVIRONMENT,
     Running,
     dcmtk,
+    dcmtk_synced,
     instances,
     machine,
     node,
@@ -47,6 +48,7 @@ RECEIVERS: dict[str, tuple[Receiver, bool]] = {
     "DCMTK storescp, bit preserving": (lambda folder: dcmtk(folder, "-B"), False),
     "dicomnode acceptor": (ours, False),
     "DCMTK storescp, then the same syncs": (dcmtk, True),
+    "DCMTK storescp, synced before each response": (dcmtk_synced, False),
     "dicomnode acceptor, durable": (lambda folder: ours(folder, "--sync"), False),
     "dicomnode, durable, with its journal": (node, False),
     "Orthanc, storage synced": (orthanc_receiver, False),
@@ -145,32 +147,40 @@ def main() -> None:
     parser.add_argument("--multiframe", type=int, default=300, help="MB of one instance")
     parser.add_argument("--senders", nargs="+", default=list(SENDERS), choices=SENDERS)
     parser.add_argument("--associations", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--receivers", nargs="+", default=list(RECEIVERS), choices=RECEIVERS)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     options = parser.parse_args()
     print(machine())
-    with scratch(options.scratch) as data:
-        for kind in ("ct", "pet", "multiframe"):
-            count = getattr(options, kind)
-            if not count:
-                continue
-            files = instances(kind, count, data / kind)
-            megabytes = sum(path.stat().st_size for path in files) / 1e6
+    for kind in ("ct", "pet", "multiframe"):
+        if count := getattr(options, kind):
             for sender in options.senders:
-                for associations in options.associations if len(files) > 1 else [1]:
-                    seconds: dict[str, list[float]] = {name: [] for name in RECEIVERS}
-                    cpu: dict[str, list[float]] = {name: [] for name in RECEIVERS}
-                    for _ in range(options.repeats):
-                        for name in RECEIVERS:
-                            with contextlib.suppress(FileNotFoundError):  # not installed
-                                took, used = once(name, sender, files, associations, data)
-                                seconds[name].append(took)
-                                cpu[name].append(used)
-                    measured = {name: times for name, times in seconds.items() if times}
-                    title = (
-                        f"{len(files)} x {kind} ({megabytes:.0f} MB), {sender}, "
-                        f"{associations} association{'s' * (associations > 1)}"
-                    )
-                    report(title, measured, len(files), megabytes, BASE, cpu)
+                for associations in options.associations if kind != "multiframe" else [1]:
+                    with scratch(options.scratch) as data:
+                        files = instances(kind, count, data / kind)
+                        _compare(sender, files, associations, options, data)
+
+
+def _compare(
+    sender: str, files: list[Path], associations: int, options: argparse.Namespace, where: Path
+) -> None:
+    """Every receiver in turn, each time another one first; a table."""
+    names = [BASE, *(name for name in options.receivers if name != BASE)]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(options.repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            with contextlib.suppress(FileNotFoundError):  # not installed
+                took, used = once(name, sender, files, associations, where)
+                seconds[name].append(took)
+                cpu[name].append(used)
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    title = (
+        f"{len(files)} x {files[0].parent.name} ({megabytes:.0f} MB), {sender}, "
+        f"{associations} association{'s' * (associations > 1)}"
+    )
+    measured = {name: times for name, times in seconds.items() if times}
+    report(title, measured, len(files), megabytes, BASE, cpu)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast we send, next to DCMTK's dcmsend and storescu, to the same receivers in the same run.
 
-    python -m benchmarks.send [--repeats 5] [--ct 400] [--pet 2000]
+    python -m benchmarks.send [--repeats 5] [--ct 400] [--pet 2000] [--multiframe 300]
 
 Generated data only. Each sender sends the same files to each receiver in turn, `--repeats` times.
 """
@@ -82,16 +82,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ct", type=int, default=400, help="instances of 512x512")
     parser.add_argument("--pet", type=int, default=2000, help="instances of 128x128")
+    parser.add_argument("--multiframe", type=int, default=300, help="MB of one instance")
     parser.add_argument("--associations", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--receivers", nargs="+", default=list(RECEIVERS), choices=RECEIVERS)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure")
     options = parser.parse_args()
     print(machine())
     with scratch(options.scratch) as data:
-        for kind in ("ct", "pet"):
+        for kind in ("ct", "pet", "multiframe"):
             count = getattr(options, kind)
             files = instances(kind, count, data / kind) if count else []
-            for associations in options.associations if files else []:
-                for receiver in RECEIVERS:
+            for associations in [1] if len(files) == 1 else options.associations if files else []:
+                for receiver in options.receivers:
                     with contextlib.suppress(FileNotFoundError):  # not installed
                         _measure(receiver, files, associations, options.repeats, data)
 

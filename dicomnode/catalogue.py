@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from dicomnode.classification import load_classifiers
 from dicomnode.config import NodeConfig
 from dicomnode.errors import PackageError
+from dicomnode.imaging.classes import ClassifierManifest
+from dicomnode.imaging.classifier import ClassifierPackage, read_any
 from dicomnode.imaging.manifest import Manifest
-from dicomnode.imaging.package import ModelPackage, read_package
+from dicomnode.imaging.package import ModelPackage
 from dicomnode.imaging.volume import Volume
 from dicomnode.worker import load_models
 
@@ -30,7 +33,10 @@ class Timing:
     slowest_seconds: float
 
 
-def find_packages(config: NodeConfig, name: str | None = None) -> dict[str, ModelPackage]:
+Package = ModelPackage | ClassifierPackage
+
+
+def find_packages(config: NodeConfig, name: str | None = None) -> dict[str, Package]:
     """Folder in models_dir -> its verified package; all of them, or the one named.
 
     Raises:
@@ -38,33 +44,53 @@ def find_packages(config: NodeConfig, name: str | None = None) -> dict[str, Mode
     """
     found = sorted(path.parent.name for path in config.models_dir.glob("*/manifest.yaml"))
     folders = [name] if name else [folder for folder in found if not folder.startswith(".")]
-    return {folder: read_package(config.models_dir / folder) for folder in folders}
+    return {folder: read_any(config.models_dir / folder) for folder in folders}
 
 
-def describe(folder: str, package: ModelPackage) -> dict[str, Any]:
+def translator(package: Package, command: str) -> ModelPackage:
+    """
+    Raises:
+        PackageError: it is a classifier, and `command` is for those that translate.
+    """
+    if isinstance(package, ClassifierPackage):
+        raise PackageError(f"{command}: {package.name} is a classifier; name another package")
+    return package
+
+
+def describe(folder: str, package: Package) -> dict[str, Any]:
     """One line of `models list`, as data."""
     manifest = package.manifest
+    if isinstance(manifest, ClassifierManifest):
+        architecture, formats = manifest.network.architecture, []
+    else:
+        architecture, formats = manifest.generator.architecture, sorted(manifest.acceptance)
     return {
         "folder": folder,
         "name": package.name,
         "version": package.version,
         "task": manifest.task,
         "sha256": package.digest,
-        "architecture": manifest.generator.architecture,
+        "architecture": architecture,
         "licence": manifest.licence,
-        "precisions": ["fp32", *sorted(manifest.acceptance)],
+        "precisions": ["fp32", *formats],
     }
 
 
 def verify(
-    config: NodeConfig, packages: dict[str, ModelPackage], device: str
+    config: NodeConfig, packages: dict[str, Package], device: str
 ) -> Iterator[tuple[str, bool, str]]:
     """Run every self-test: folder, whether it passed, and what was chosen or what is wrong."""
-    models, failures, used = load_models(packages, device, 0, config.precision)
+    translating = {n: p for n, p in packages.items() if isinstance(p, ModelPackage)}
+    classifying = {n: p for n, p in packages.items() if isinstance(p, ClassifierPackage)}
+    models, failures, used = load_models(translating, device, 0, config.precision)
+    classifiers = load_classifiers(classifying, used)
+    words = {name: model.words for name, model in models.items()}
+    words |= dict.fromkeys(classifiers.loaded, f"torch, fp32 on {used}")
     for folder in packages:
-        passed = folder in models
-        words = f"passed on {used}: {models[folder].words}" if passed else failures[folder]
-        yield folder, passed, words
+        if folder in words:
+            yield folder, True, f"passed on {used}: {words[folder]}"
+        else:
+            yield folder, False, {**failures, **classifiers.failures}[folder]
 
 
 def bench(package: ModelPackage, device: str, precision: str) -> Timing:

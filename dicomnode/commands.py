@@ -7,12 +7,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from dicomnode import console
-from dicomnode.config import NodeConfig, Peer, json_schema, load_config
+from dicomnode import console, serving
+from dicomnode.config import NodeConfig, Peer, Route, json_schema, load_config
 from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError
 from dicomnode.history import History
 from dicomnode.jobs import Jobs
 from dicomnode.lifecycle import Delivery, State
+from dicomnode.promises import Promises
 from dicomnode.tables import Database
 from dicomnode.transactions import Transactions
 
@@ -22,7 +23,7 @@ _WHAT = "a job (job-3), a delivery (delivery-5) or a commitment (commitment:UID)
 
 def check(args: argparse.Namespace) -> int:
     """validate config, models and destinations; every problem is named"""
-    from dicomnode.node import load_packages
+    from dicomnode.node import load_classifiers, load_packages
     from dicomnode.scu import echo
 
     if args.schema:
@@ -35,6 +36,8 @@ def check(args: argparse.Namespace) -> int:
     try:
         for name, package in load_packages(config).items():
             print(f"model {name} {package.version}: ok, sha256 {package.digest}")
+        for name, classifier in load_classifiers(config).items():
+            print(f"classifier {name} {classifier.version}: ok, sha256 {classifier.digest}")
     except ConfigError as error:
         problems.append(str(error))
     for name in sorted({name for route in config.routes for name in route.send_to}):
@@ -108,7 +111,8 @@ def explain(args: argparse.Namespace) -> int:
     """for each series found: which routes match, which not and why"""
     from dicomnode import offline
 
-    found, others = offline.explain(args.paths, load_config(args.config))
+    config = load_config(args.config)
+    found, others = offline.explain(args.paths, config)
     if args.json:
         print(json.dumps([_explained_as_data(one) for one in found], indent=1))
         return OK if found else MENDABLE
@@ -118,15 +122,31 @@ def explain(args: argparse.Namespace) -> int:
             print(f"  MISSING_SLICES: {one.missing} slices are missing; send the whole series")
         for stack in one.stacks:
             print(f"  {stack}")
+            for route, why in stack.models.items():
+                said = f"would be refused: {why}" if why else "may take it; pixels not looked at"
+                print(f"    the model of route '{route}': {said}")
         for code, count in one.ignored.items():
             print(f"  set aside as {code}: {count}")
         if one.refusal:
             print(f"  no stack: {one.refusal}")
         for decision in one.decisions:
             print(f"  {decision}")
+            if decision.taken:
+                print(f"    {_destinations(decision.route, config)}")
     if others:
         print(f"{others} files are no DICOM instances of a series: ignored")
     return OK if found else MENDABLE
+
+
+def _destinations(route: Route, config: NodeConfig) -> str:
+    """Where a result of this route goes, and who is to commit it."""
+    if route.shadow or not route.send_to:
+        return "the result is kept here, nothing is sent"
+    commit = config.committing_peers
+    names = [
+        f"{name} (which is to commit it)" if name in commit else name for name in route.send_to
+    ]
+    return f"the result is sent to {', '.join(names)}"
 
 
 def _explained_as_data(one: Any) -> dict[str, Any]:
@@ -205,12 +225,16 @@ def status(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     history = History(_database(config))
     if args.series_uid is None:
-        counts, series, owed = history.counts(), history.series(), history.commitments()
-        if args.json:
-            data = {"counts": counts, "series": series, "commitments": owed}
-            print(json.dumps(data, indent=1))
-        else:
-            print(console.overview(counts, series, owed))
+        data: dict[str, Any] = {
+            "counts": history.counts(),
+            "series": history.series(),
+            "commitments": history.commitments(),
+            "commitment_requests": history.commitment_requests(),
+        }
+        models = serving.told(config.node.data_dir)
+        words = [serving.in_words(*one) for one in models.items()]
+        words.append(console.overview(*data.values()))
+        print(json.dumps({**data, "models": models}, indent=1) if args.json else "\n".join(words))
         return OK
     one = history.one_series(args.series_uid)
     if one is None:
@@ -225,18 +249,21 @@ def retry(args: argparse.Namespace) -> int:
     """take up again: job-3, delivery-5, commitment:UID, or --all-failed"""
     database = _database(load_config(args.config))
     jobs, transactions, now = Jobs(database), Transactions(database), time.time()
+    promises = Promises(database)
     if args.all_failed:
         failed, parked = jobs.in_state(State.FAILED), jobs.deliveries_in_state(Delivery.PARKED)
-        commitments = transactions.parked()
+        commitments, promised = transactions.parked(), promises.parked()
         for job in failed:
             jobs.retry_job(job, now)
         for delivery in parked:
             jobs.retry_delivery(delivery, now)
         for uid in commitments:
             transactions.retry(uid, now)
+        for delivery in promised:
+            promises.retry(delivery, now)
         print(
-            f"{len(failed)} jobs, {len(parked)} deliveries and {len(commitments)} storage"
-            " commitments queued again"
+            f"{len(failed)} jobs, {len(parked)} deliveries and"
+            f" {len(commitments) + len(promised)} storage commitments queued again"
         )
         return OK
     if args.what is None:
@@ -246,7 +273,9 @@ def retry(args: argparse.Namespace) -> int:
         print(f"{args.what} queued again")
         return OK
     kind, number = _numbered(args.what)
-    if kind == "delivery":
+    if kind == "delivery" and number in promises.parked():
+        promises.retry(number, now)
+    elif kind == "delivery":
         jobs.retry_delivery(number, now)
     else:
         jobs.retry_job(number, now)
@@ -255,12 +284,15 @@ def retry(args: argparse.Namespace) -> int:
 
 
 def discard(args: argparse.Namespace) -> int:
-    """give a job up for good, its deliveries with it"""
+    """give a job up for good, its deliveries with it; of a complete delivery its commitment"""
     kind, number = _numbered(args.job)
-    if kind != "job":
-        raise ConfigError("discard takes a job; its deliveries go with it")
-    Jobs(_database(load_config(args.config))).discard_job(number, args.why, time.time())
-    print(f"job {number} discarded")
+    database = _database(load_config(args.config))
+    if kind == "delivery":
+        Promises(database).discard(number, args.why, time.time())
+        print(f"delivery {number}: no commitment is asked for any more")
+    else:
+        Jobs(database).discard_job(number, args.why, time.time())
+        print(f"job {number} discarded")
     return OK
 
 
@@ -274,7 +306,8 @@ def models(args: argparse.Namespace) -> int:
     if args.action == "export-monai":
         if args.name is None:
             raise ConfigError("models export-monai: name the package")
-        print(json.dumps(monai_metadata(packages[args.name]), indent=2))
+        package = catalogue.translator(packages[args.name], "models export-monai")
+        print(json.dumps(monai_metadata(package), indent=2))
         return OK
     rows = {folder: catalogue.describe(folder, package) for folder, package in packages.items()}
     lines, code = [_model_line(row) for row in rows.values()], OK
@@ -286,7 +319,10 @@ def models(args: argparse.Namespace) -> int:
             lines.append(f"{folder} {rows[folder]['version']}: {words}")
     if args.action == "bench":
         lines = []
-        for folder, package in packages.items():
+        for folder, found in packages.items():
+            if args.name is None and found.manifest.task == "classify":
+                continue
+            package = catalogue.translator(found, "models bench")
             timing = catalogue.bench(package, args.device or config.device, config.precision)
             rows[folder] |= asdict(timing)
             lines.append(
@@ -308,13 +344,16 @@ def conformance(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """what a peer accepts, and whether we accept it, in plain words"""
+    from dicomnode.credentials import own_port_tls
     from dicomnode.doctor import examine
     from dicomnode.scu import Address
 
     config = load_config(args.config)
+    node = config.node
     peer = _address(config, args.peer)
-    host = "127.0.0.1" if config.node.bind == "0.0.0.0" else config.node.bind  # noqa: S104
-    ourselves = Address(host, config.node.port, config.node.ae_title, peer.called_ae)
+    host = "127.0.0.1" if node.bind == "0.0.0.0" else node.bind  # noqa: S104
+    secured = own_port_tls(node.tls) if node.tls else None
+    ourselves = Address(host, node.port, node.ae_title, peer.called_ae, secured)
     diagnosis = examine(peer, ourselves)
     print("\n".join(diagnosis.lines))
     return OK if diagnosis.healthy else MENDABLE

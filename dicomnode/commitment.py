@@ -70,6 +70,7 @@ class Commitments:
 
     contexts = (str(StorageCommitmentPushModel),)
     """Abstract syntaxes to support."""
+    reports = False
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which companions a derived series gets, and under which numbers: its GSPS and its QA report."""
+"""Which companions a derived series gets, and under which numbers: its GSPS and its reports."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Literal
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 
+from dicomnode.classification import Classification
 from dicomnode.label import presentable_together, presentation_state
+from dicomnode.numbering import CLASSIFIER, GSPS, QA_REPORT, companion_number
 from dicomnode.provenance import Identity
 from dicomnode.qa import Finding
 from dicomnode.report import Gate, qa_report
 
-GSPS, QA_REPORT, CLASSIFIER, RETRACTION = 1, 2, 3, 9
-"""What a companion adds to the SeriesNumber of its series."""
 _PIXELS = 0x7FE00010
 
 
@@ -75,13 +75,25 @@ def with_companions(
     identity: Identity,
     options: CompanionOptions,
     now: datetime,
+    classification: Classification | None = None,
 ) -> Iterator[Dataset]:
-    """The instances of a derived series one by one as they are made, then their companions."""
+    """The instances of a derived series one by one as they are made, then their companions.
+
+    Args:
+        classification: looks at each image; its report comes last, if it can make one.
+    """
     headers = []
+    if classification is not None:
+        classification.start()
     for image in derived:
         headers.append(header_of(image))
+        if classification is not None:
+            classification.look(image)
         yield image
     yield from companions(headers, findings, identity, options, now)
+    if classification is not None:
+        number = companion_number(headers[0].SeriesNumber, CLASSIFIER)
+        yield from classification.reports(headers, now, number)
 
 
 def _presentable(derived: Sequence[Dataset]) -> Iterator[list[Dataset]]:
@@ -90,12 +102,6 @@ def _presentable(derived: Sequence[Dataset]) -> Iterator[list[Dataset]]:
     for image in derived:
         groups.setdefault(presentable_together(image), []).append(image)
     yield from groups.values()
-
-
-def companion_number(series_number: object, offset: int) -> int:
-    """SeriesNumber of a companion: that of its series and `offset`, within IS (below 2^31)."""
-    number = int(str(series_number)) if series_number else 0
-    return number + offset if 0 <= number < 2**31 - offset else offset
 
 
 def header_of(derived: Dataset) -> Dataset:

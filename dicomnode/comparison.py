@@ -1,6 +1,6 @@
 """A source series beside the series derived from it: is it right, and how does it look?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset
 
 from dicomnode.errors import DicomNodeError
+from dicomnode.imaging.units import Unit
 from dicomnode.imaging.volume import Volume, volume_from_datasets
 
 _BLOCK = 8
 """Noise is measured in blocks of this many rows and columns."""
 _PANEL = 480
+_UNITS: Mapping[str, Unit] = {"CT": "HU", "MR": "AU", "PT": "SUV"}
+_WINDOWS = {"HU": (40.0, 400.0), "SUV": (3.0, 6.0)}
 _INK, _WARNING, _PAPER = (235, 235, 235), (255, 190, 60), (16, 16, 16)
 
 
@@ -23,11 +26,12 @@ class Comparison:
     """Two series on one grid, checked, and what was measured.
 
     Attributes:
-        source: what was sent, HU.
-        result: what came back, HU.
-        mean_change_hu: mean of result - source in the body.
-        mean_absolute_change_hu: mean of |result - source| in the body.
-        noise_before_hu: standard deviation in soft tissue of the source, median of small blocks.
+        source: what was sent, in HU, SUV or, of MR, arbitrary units.
+        result: what came back.
+        mean_change: mean of result - source in the body; nan where their units differ.
+        mean_absolute_change: mean of |result - source| in the body; nan likewise.
+        noise_before_hu: standard deviation in soft tissue of the source, median of small blocks;
+            nan unless both are in HU.
         noise_after_hu: the same blocks of the result.
         description: SeriesDescription of the result.
         model: the last SoftwareVersions of the result: model and version.
@@ -35,8 +39,8 @@ class Comparison:
 
     source: Volume
     result: Volume
-    mean_change_hu: float
-    mean_absolute_change_hu: float
+    mean_change: float
+    mean_absolute_change: float
     noise_before_hu: float
     noise_after_hu: float
     description: str
@@ -52,15 +56,35 @@ class Comparison:
             f"geometry equal: {slices} x {rows} x {columns} voxels of "
             + " x ".join(f"{mm:g}" for mm in self.result.spacing_mm)
             + " mm",
-            f"in the body the HU changed by {self.mean_change_hu:+.2f} on average, "
-            f"by {self.mean_absolute_change_hu:.1f} in absolute value",
+            *self.measured(),
+        ]
+
+    def measured(self) -> list[str]:
+        """What the values did, in words; the last is the most telling."""
+        if self.source.unit != self.result.unit:
+            inside = self.result.voxels[_body(self.source)]
+            low, high = np.percentile(inside, (1, 99))
+            return [
+                f"in the body the values went from {self.source.unit} to {self.result.unit}, "
+                f"{low:.0f} to {high:.0f} (1st and 99th percentile)"
+            ]
+        unit = self.source.unit
+        digits = 1 if unit == "HU" else 2
+        change = (
+            f"in the body the {unit} changed by {self.mean_change:+.2f} on average, "
+            f"by {self.mean_absolute_change:.{digits}f} in absolute value"
+        )
+        if unit != "HU":
+            return [change]
+        return [
+            change,
             f"noise in soft tissue: {self.noise_before_hu:.1f} HU before, "
             f"{self.noise_after_hu:.1f} HU after",
         ]
 
 
 def compare(source: Sequence[Dataset], derived: Sequence[Dataset]) -> Comparison:
-    """Check a derived CT series against its source, and measure the difference.
+    """Check a derived series against its source, and measure the difference.
 
     Raises:
         DicomNodeError: the first thing that is wrong with the derived series.
@@ -68,25 +92,49 @@ def compare(source: Sequence[Dataset], derived: Sequence[Dataset]) -> Comparison
     """
     images = [dataset for dataset in derived if "PixelData" in dataset]
     _check_series(source, images)
-    before, sources = volume_from_datasets(source, min_slices=1, allow_lossy=True)
-    after, results = volume_from_datasets(images, min_slices=1, allow_lossy=True)
+    before, sources = _volume(source)
+    after, results = _volume(images)
     _check_geometry(before, after)
     _check_references(sources, results)
-    change = (after.voxels - before.voxels)[before.voxels > -300]
-    blocks = [_blocks(volume.voxels) for volume in (before, after)]
-    mean = blocks[1].mean(axis=-1)
-    soft = (mean > 0) & (mean < 100) & (np.ptp(blocks[1], axis=-1) < 150)
-    noise = [float(np.median(b.std(axis=-1)[soft])) if soft.any() else 0.0 for b in blocks]
+    change, noise = np.array([np.nan]), [float("nan"), float("nan")]
+    if before.unit == after.unit and _body(before).any():
+        change = (after.voxels - before.voxels)[_body(before)]
+    if before.unit == after.unit == "HU":
+        noise = _noise(before, after)
     return Comparison(
         before,
         after,
-        float(change.mean(dtype=np.float64)) if change.size else 0.0,
-        float(np.abs(change).mean(dtype=np.float64)) if change.size else 0.0,
+        float(change.mean(dtype=np.float64)),
+        float(np.abs(change).mean(dtype=np.float64)),
         noise[0],
         noise[1],
         str(images[0].get("SeriesDescription", "")),
         str(np.atleast_1d(images[0].get("SoftwareVersions", ""))[-1]),
     )
+
+
+def _volume(datasets: Sequence[Dataset]) -> tuple[Volume, list[Dataset]]:
+    modality = str(datasets[0].get("Modality"))
+    unit = _UNITS.get(modality)
+    if unit is None:
+        raise DicomNodeError(f"Modality is {modality}; a CT, MR or PT series can be compared")
+    return volume_from_datasets(datasets, unit, min_slices=1, allow_lossy=True)
+
+
+def _body(volume: Volume) -> NDArray[np.bool_]:
+    """(slices, rows, columns): where the patient is, roughly."""
+    if volume.unit == "HU":
+        return volume.voxels > -300
+    if volume.unit == "SUV":
+        return volume.voxels > 0.2
+    return volume.voxels > 0.1 * float(np.percentile(volume.voxels, 99))
+
+
+def _noise(before: Volume, after: Volume) -> list[float]:
+    blocks = [_blocks(volume.voxels) for volume in (before, after)]
+    mean = blocks[1].mean(axis=-1)
+    soft = (mean > 0) & (mean < 100) & (np.ptp(blocks[1], axis=-1) < 150)
+    return [float(np.median(b.std(axis=-1)[soft])) if soft.any() else 0.0 for b in blocks]
 
 
 def _check_series(source: Sequence[Dataset], images: Sequence[Dataset]) -> None:
@@ -132,23 +180,48 @@ def _blocks(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 # --- the picture ------------------------------------------------------------------------------
 def write_picture(comparison: Comparison, path: Path) -> None:
-    """Source, result and difference of one slice and of a part of it, all in the same window."""
+    """Source, result and difference of one slice and of a part of it.
+
+    Where result and source have different units there is no difference: squares of the one and of
+    the other in turn show whether they fit together.
+    """
     index = len(comparison.source.voxels) // 3
-    source, result = comparison.source.voxels[index], comparison.result.voxels[index]
-    rows, columns = _square_about(source > -300)
+    source, result = comparison.source, comparison.result
+    rows, columns = _square_about(_body(source)[index])
     middle, part = (rows.start + rows.stop) // 2, (rows.stop - rows.start) // 6
     centre = (columns.start + columns.stop) // 2
     zoom = (slice(middle - part, middle + part), slice(centre - part, centre + part))
+    first, second = (_grey(v.voxels[index], *_window(v)) for v in (source, result))
+    if source.unit == result.unit:
+        width = _window(source)[1]
+        third = _grey(result.voxels[index] - source.voxels[index], 0, width)
+        head = ("DIFFERENCE", "result - source, grey is 0")
+    else:
+        squares = (np.indices(first.shape) // max(8, first.shape[0] // 8)).sum(0) % 2 == 0
+        third = np.where(squares, first, second)
+        head = ("IN TURN", "squares of source and result")
     panels = [
-        [_panel(hu[box], level) for hu, level in ((source, 40), (result, 40), (result - source, 0))]
-        for box in ((rows, columns), zoom)
+        [_panel(grey[box]) for grey in (first, second, third)] for box in ((rows, columns), zoom)
     ]
     heads = (
         ("SOURCE", "as received", _INK),
         ("RESULT   SYNTHETIC, not acquired", f"{comparison.model}", _WARNING),
-        ("DIFFERENCE", "result - source, grey is 0", _INK),
+        (*head, _INK),
     )
     _sheet(panels, heads, comparison, index).save(path)
+
+
+def _window(volume: Volume) -> tuple[float, float]:
+    """Level and width that the images are shown in."""
+    if volume.unit == "AU":
+        high = float(np.percentile(volume.voxels, 99.5)) or 1.0
+        return high / 2, high
+    return _WINDOWS[volume.unit]
+
+
+def _grey(values: NDArray[np.float32], level: float, width: float) -> NDArray[np.uint8]:
+    shades = np.clip((values - level) / width + 0.5, 0, 1) * 255
+    return np.asarray(np.rint(shades), np.uint8)
 
 
 def _square_about(body: NDArray[np.bool_]) -> tuple[slice, slice]:
@@ -164,9 +237,8 @@ def _square_about(body: NDArray[np.bool_]) -> tuple[slice, slice]:
     return spans[0], spans[1]
 
 
-def _panel(hu: NDArray[np.float32], level: float, width: float = 400) -> Image.Image:
-    grey = np.clip((hu - level) / width + 0.5, 0, 1) * 255
-    image = Image.fromarray(np.rint(grey).astype(np.uint8))
+def _panel(grey: NDArray[np.uint8]) -> Image.Image:
+    image = Image.fromarray(grey)
     scale = _PANEL / max(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)
@@ -194,10 +266,11 @@ def _sheet(
             y += height + gap
         if title.startswith("RESULT"):
             draw.text((x + 10, head + heights[0] - 28), "SYNTHETIC", _WARNING, large)
+    level, width_shown = _window(comparison.source)
     words = (
-        f"slice {index + 1} of {len(comparison.source.voxels)}, all panels 400 HU wide, "
-        f"images about 40 HU; noise in soft tissue {comparison.noise_before_hu:.0f} HU "
-        f"-> {comparison.noise_after_hu:.0f} HU. Research use, not a medical device."
+        f"slice {index + 1} of {len(comparison.source.voxels)}, source {width_shown:.0f} "
+        f"{comparison.source.unit} wide about {level:.0f}; {comparison.measured()[-1]}. "
+        "Research use, not a medical device."
     )
     draw.text((gap + 4, sheet.height - foot + 6), words, _INK, small)
     return sheet

@@ -80,7 +80,7 @@ class Peer:
     ae_title: str = setting("", "AE title of the peer")
     host: str | None = setting(None, "its host name, address or network (10.0.0.0/8)")
     port: int | None = setting(None, "its port, when we send to it", check=_between(1, 65535))
-    storage_commitment: bool = setting(False, "ask it to commit what we sent: not yet")
+    storage_commitment: bool = setting(False, "ask it to commit what it accepted from us")
     max_associations: int = setting(2, "associations to it at a time", check=_between(1, 64))
     tls: bool | PeerTls = setting(False, "DICOM TLS to it; a mapping says how it differs from node")
     retry_for_hours: float = setting(
@@ -130,8 +130,29 @@ class RetentionSection:
     received_hours: float = setting(24.0, "hours to keep received instances", check=_NOT_NEGATIVE)
     results_hours: float = setting(168.0, "hours to keep derived instances", check=_NOT_NEGATIVE)
     require_commitment: bool = setting(
-        True,
-        "delete nothing that a peer with storage_commitment has not committed (none can be yet)",
+        True, "delete nothing that a peer with storage_commitment has not committed"
+    )
+    watermark_free_gb: float = setting(
+        0.0,
+        "free space in GB below which what is delivered is deleted before its time; 0: never",
+        check=_NOT_NEGATIVE,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSection:
+    speculative: bool = setting(
+        True, "infer slices while their series still arrives; only a complete series is ever sent"
+    )
+    speculative_gb: float = setting(
+        1.0,
+        "memory in GB for results inferred ahead; the oldest is forgotten",
+        check=_NOT_NEGATIVE,
+    )
+    models_gb: float = setting(
+        4.0,
+        "memory in GB for loaded models together; the least recently used is unloaded; 0: no limit",
+        check=_NOT_NEGATIVE,
     )
 
 
@@ -141,6 +162,9 @@ class Companions:
         "window", "presentation state: label and windows of the images, only the label, or none"
     )
     report: bool = setting(True, "structured report: model identity and QA measurements")
+    classifier: str | None = setting(
+        None, "folder of a classifier's package in models_dir: a report of its probabilities"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +200,15 @@ class NodeConfig:
         "auto", "lowest number format wanted; never below what a model was accepted for"
     )
     models_dir: Path = setting(Path("models"), "folder of the model packages")
+    worker: WorkerSection = setting(WorkerSection(), "the process that translates")
     engine: str | Mapping[str, Any] = setting("local", "local; ray: not yet")
     retention: RetentionSection = setting(RetentionSection(), "when stored instances are deleted")
     routes: tuple[Route, ...] = setting((), "every matching route runs, in this order")
+
+    @property
+    def committing_peers(self) -> frozenset[str]:
+        """Names of the peers that are to commit what they accept."""
+        return frozenset(name for name, peer in self.peers.items() if peer.storage_commitment)
 
     def peer_by_title(self, ae_title: str) -> str | None:
         """The name of the first peer with this AE title."""
@@ -266,6 +296,12 @@ def _references(config: NodeConfig) -> list[str]:
                 ipaddress.ip_network(peer.host)
             except ValueError as error:
                 problems.append(f"{where}.host: {error}")
+        if peer.storage_commitment and not peer.dicomweb and not _can_be_called(peer):
+            problems.append(f"{where}.storage_commitment: needs a host and a port to ask it")
+    watermark, reserve = config.retention.watermark_free_gb, config.node.reserve_free_gb
+    if 0 < watermark <= reserve:
+        text = f"must be above node.reserve_free_gb ({reserve:g}), or 0"
+        problems.append(f"retention.watermark_free_gb: {text}")
     for index, route in enumerate(config.routes):
         problems += _route_problems(route, f"routes[{index}]", config)
     calls = {name: (peer.tls, peer.host or "") for name, peer in config.peers.items() if peer.tls}
@@ -279,6 +315,10 @@ def _references(config: NodeConfig) -> list[str]:
     return problems
 
 
+def _can_be_called(peer: Peer) -> bool:
+    return peer.port is not None and peer.host is not None and "/" not in peer.host
+
+
 def _route_problems(route: Route, where: str, config: NodeConfig) -> list[str]:
     problems = []
     for keyword in route.match:
@@ -288,10 +328,12 @@ def _route_problems(route: Route, where: str, config: NodeConfig) -> list[str]:
         peer = config.peers.get(name)
         if peer is None:
             problems.append(f"{where}.send_to: no peer named {name!r}")
-        elif not peer.dicomweb and (peer.port is None or peer.host is None or "/" in peer.host):
+        elif not peer.dicomweb and not _can_be_called(peer):
             problems.append(f"{where}.send_to: peer {name!r} needs a host and a port to send to")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", route.model):
-        problems.append(f"{where}.model: not the name of a folder in models_dir")
+    folders = {"model": route.model, "companions.classifier": route.companions.classifier}
+    for key, folder in folders.items():
+        if folder is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", folder):
+            problems.append(f"{where}.{key}: not the name of a folder in models_dir")
     if not re.fullmatch(r"\+[0-9]{1,9}|[1-9][0-9]{0,8}", str(route.series_number)):
         problems.append(f"{where}.series_number: must be a number from 1 on, or +N for an offset")
     if why := _description_problem(route.description):
@@ -328,6 +370,5 @@ def _not_yet(config: NodeConfig) -> list[str]:
         "engine": config.engine != "local",
     }
     for name, peer in config.peers.items():
-        later[f"peers.{name}.storage_commitment"] = peer.storage_commitment
         later[f"peers.{name}.dicomweb"] = peer.dicomweb is not None
     return [f"{key}: not yet in this version; remove it" for key, used in later.items() if used]

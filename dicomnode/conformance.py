@@ -25,6 +25,7 @@ def statement(config: NodeConfig) -> str:
 
 
 def _overview(config: NodeConfig) -> list[str]:
+    commits = "yes" if config.committing_peers else "not configured"
     return [
         f"# DICOM Conformance Statement: dicomnode {__version__}, AE title {config.node.ae_title}",
         "",
@@ -41,7 +42,7 @@ def _overview(config: NodeConfig) -> list[str]:
                 ("Verification", "yes", "yes"),
                 ("Storage, see 4.2.1.3", f"{_TRANSLATED} and what is sent by hand", "yes"),
                 *((UID(uid).name, "yes", "yes") for uid in _companions(config)),
-                ("Storage Commitment Push Model", "no", "yes"),
+                ("Storage Commitment Push Model", commits, "yes"),
                 ("Modality Performed Procedure Step", "no", "yes"),
             ],
         ),
@@ -105,7 +106,8 @@ def _accepted(config: NodeConfig) -> list[str]:
         "",
         f"Received instances are kept for {config.retention.received_hours:g} hours, longer while",
         "a translation, a delivery or a commitment report still needs them: a commitment says that",
-        "the bytes are here and unharmed, for that time.",
+        "the bytes are here and unharmed, for that time from its report on. What is delivered may",
+        "go earlier when the disk fills up, but never what the node has committed.",
         "",
         *_table(("SOP class", "UID"), [(UID(uid).name, uid) for uid in storage]),
         *_table(("transfer syntax", "UID"), [(UID(u).name, u) for u in TRANSFER_SYNTAXES]),
@@ -141,6 +143,24 @@ def _initiated(config: NodeConfig) -> list[str]:
         "Success, 0xB000, 0xB006, 0xB007 and 0x0111 count as delivered; 0xA9xx, 0xCxxx and a",
         "permanent rejection with a reason are not tried again; everything else is. A refused",
         "presentation state or report (also 0x0122, or no presentation context) holds nothing up.",
+        "",
+        *_commitment(config),
+    ]
+
+
+def _commitment(config: NodeConfig) -> list[str]:
+    """Storage Commitment as SCU, if a peer is to commit."""
+    if not config.committing_peers:
+        return []
+    return [
+        f"Storage Commitment: {', '.join(sorted(config.committing_peers))}. A complete delivery is",
+        "followed by one N-ACTION for all it holds (Push Model, default roles). The report may",
+        "come within 10 s on that association, or at any time on one that the peer opens: the SCP",
+        "role it proposes for itself is accepted. It is answered 0x0000 once it is recorded,",
+        "0x0115 if the TransactionUID is not of a request to that AE, 0x0213 if it may be sent",
+        "again. Without a report the request is repeated with a new TransactionUID after 60 s,",
+        "doubling up to 1 h, for `retry_for_hours`. What is not committed is stored again, at most",
+        "twice.",
         "",
     ]
 

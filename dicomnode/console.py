@@ -14,14 +14,22 @@ def overview(
     counts: Mapping[str, Mapping[str, int]],
     series: list[dict[str, Any]],
     commitments: list[dict[str, Any]],
+    requests: list[dict[str, Any]],
 ) -> str:
-    """The queue at a glance, then a line per storage commitment that is owed, and per series."""
+    """The queue at a glance, then a line per storage commitment that is owed, and per series.
+
+    `commitments` are asked of us, `requests` by us.
+    """
     lines = [
-        f"{what}: " + (", ".join(f"{n} {state}" for state, n in states.items()) or "none")
+        f"{what.replace('_', ' ')}: "
+        + (", ".join(f"{n} {state}" for state, n in states.items()) or "none")
         for what, states in counts.items()
     ]
     for owed in commitments:
         lines.append(_commitment(owed))
+    for asked in requests:
+        words = _promise(asked)
+        lines.append(f"delivery {asked['delivery']} to {asked['destination']}, {words}")
     for one in series:
         lines.append("")
         state = "open" if one["open"] else one["outcome"] or "closed"
@@ -80,7 +88,29 @@ def _delivery(delivery: Mapping[str, Any]) -> str:
     )
     if delivery["state"] in ("waiting", "parked") and delivery["detail"]:
         words += f"; {delivery['detail']}"
+    if delivery["commitment"] is not None:
+        words += f"; {_promise(delivery['commitment'])}"
     return words
+
+
+_PROMISE = {
+    "asking": "to be asked to commit it since {since}",
+    "asked": "asked to commit it, report awaited until {due}",
+    "committed": "committed",
+    "resending": "not committed, sent again",
+    "parked": "not committed, parked",
+    "discarded": "commitment given up",
+}
+
+
+def _promise(promise: Mapping[str, Any]) -> str:
+    """What a destination was asked to commit, and why it has not."""
+    times = {"since": clock(promise["since"]), "due": clock(promise["due"])}
+    words = _PROMISE[promise["state"]].format(**times)
+    why = promise["detail"] if promise["state"] != "committed" else ""
+    if promise["state"] == "asking" and promise["attempts"]:
+        words += f", again at {times['due']}"
+    return f"{words}: {why}" if why else words
 
 
 def _commitment(owed: Mapping[str, Any]) -> str:

@@ -101,6 +101,12 @@ def client_tls(peer: str, wanted: bool | PeerTls, host: str, node: NodeTls | Non
     return ClientTls(where, credentials, name, own.server_name is not None or not _is_address(name))
 
 
+def own_port_tls(settings: NodeTls) -> ClientTls:
+    """How to call our own port, which shows the certificate that we know: nothing else is taken."""
+    credentials = replace(node_credentials(settings), ca=Pem("node.tls.cert", settings.cert))
+    return ClientTls("node.tls", credentials, "localhost", checks_name=False)
+
+
 def node_credentials(settings: NodeTls) -> Credentials:
     """The files of node.tls, each with its key."""
     return Credentials(

@@ -32,7 +32,9 @@ from dicomnode import sop_classes
 from dicomnode.comparison import Comparison, compare, write_picture
 from dicomnode.config import load_config
 from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError, WorkerLost
+from dicomnode.imaging.package import ModelPackage, read_package
 from dicomnode.imaging.phantom import phantom_series, phantom_volume
+from dicomnode.imaging.phantoms import early_pet, thigh_ct, thigh_mr
 
 SCANNER, NODE, PACS = "DEMOSCANNER", "DICOMNODE", "DEMOPACS"
 READY_SECONDS, STOP_SECONDS, RESULT_SECONDS = 90.0, 20.0, 100.0
@@ -73,18 +75,19 @@ def _terminated(*_: object) -> None:
 
 def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -> None:
     started = time.monotonic()
+    package = _package(config_path, model)
     source, derived, beside = out / "source", out / "derived", out / "companions"
     for folder in (source, derived, beside):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    files = _phantom(source) if dicom is None else _copy(dicom, source)
+    files = _phantom(source, package.manifest.task) if dicom is None else _copy(dicom, source)
     series_uid = str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID)
     ports = _free_ports(3)
     with (
         tempfile.TemporaryDirectory(prefix="dicomnode-demo-") as work,
         _pacs(derived, beside, ports[2]) as pacs,
     ):
-        config = _derived_config(config_path, Path(work), ports, model)
+        config = _derived_config(config_path, Path(work), ports, package if model else None)
         with _node(config, out / "node.log", ports[1]):
             _send(files, ports[0])
             _wait_for_result(config, series_uid, pacs, len(files))
@@ -93,7 +96,7 @@ def _demo(config_path: Path, out: Path, dicom: Path | None, model: str | None) -
         _say("the node has stopped")
     comparison = _compare(files, pacs.files, out)
     _say(f"beside the images came {_kinds(pacs.companions) or 'no companions'}")
-    if dicom is None:
+    if dicom is None and package.manifest.task == "denoise":
         _compare_with_truth(comparison)
     _say(f"done in {time.monotonic() - started:.0f} s; look at {out / 'before-after.png'}")
 
@@ -103,10 +106,20 @@ def _say(text: str) -> None:
 
 
 # --- the source -------------------------------------------------------------------------------
-def _phantom(folder: Path) -> list[Path]:
-    _say("drawing a chest phantom and the noise of a low dose ...")
+def _package(config_path: Path, model: str | None) -> ModelPackage:
+    """The package that will run: the one asked for, else that of the first route."""
+    config = load_config(config_path)
+    if not config.routes:
+        raise ConfigError(f"{config_path}: no routes; the demo needs one that takes its series")
+    return read_package(config.models_dir / (model or config.routes[0].model))
+
+
+def _phantom(folder: Path, task: str) -> list[Path]:
+    """A generated series that a package of `task` is for."""
+    drawn = {"syn_ct": thigh_mr, "syn_mr": thigh_ct, "delayed_pet": early_pet}
+    _say(f"drawing a phantom for a model of task {task} ...")
     files = []
-    for number, dataset in enumerate(phantom_series(), 1):
+    for number, dataset in enumerate(drawn.get(task, phantom_series)(), 1):
         files.append(folder / f"{number:04d}.dcm")
         dataset.save_as(files[-1], enforce_file_format=True)
     return files
@@ -168,10 +181,13 @@ def _pacs(images: Path, beside: Path, port: int) -> Iterator[_Pacs]:
         ae.shutdown()
 
 
-def _derived_config(shipped: Path, work: Path, ports: Sequence[int], model: str | None) -> Path:
-    """The shipped config.yaml with free ports, an own data folder, and only the demo's peers."""
-    if not load_config(shipped).routes:  # which also says what is wrong with it
-        raise ConfigError(f"{shipped}: no routes; the demo needs one that takes its series")
+def _derived_config(
+    shipped: Path, work: Path, ports: Sequence[int], package: ModelPackage | None
+) -> Path:
+    """The shipped config.yaml with free ports, an own data folder, and only the demo's peers.
+
+    With a `package` the first route is the only one, takes its modality and runs it.
+    """
     text = shipped.read_text("utf-8")
     config = yaml.safe_load(text)
     config.setdefault("node", {}).update(
@@ -191,7 +207,13 @@ def _derived_config(shipped: Path, work: Path, ports: Sequence[int], model: str 
     for route, texts in zip(config["routes"], verbatim["routes"], strict=True):
         route.update({k: v for k, v in texts.items() if k == "series_number"})  # keeps the +
         route["send_to"] = ["pacs"]
-        route["model"] = model or route["model"]
+    if package is not None:
+        route = config["routes"][0]
+        route |= {
+            "model": package.path.name,
+            "match": {"Modality": package.manifest.input.modality},
+        }
+        config["routes"] = [route]
     path = work / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     return path

@@ -14,13 +14,8 @@ import highdicom
 import numpy as np
 from pydicom import Dataset
 from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
     UID,
     ExplicitVRLittleEndian,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLSNearLossless,
 )
 
 from dicomnode.attributes import (
@@ -36,17 +31,19 @@ from dicomnode.attributes import (
     tags_of,
 )
 from dicomnode.composite import zone_of
-from dicomnode.encodings import Storage, storage_for
+from dicomnode.encodings import Storage, storage_before, storage_for
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.frames import frame_number
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID, reproducible_uid
 from dicomnode.imaging.pixels import is_lossy, numbers_of, pixel_digest, stored_values
-from dicomnode.imaging.volume import Volume
+from dicomnode.imaging.planes import Planes
 from dicomnode.label import label_pixels
-from dicomnode.outputs import check_source, output_of
+from dicomnode.numbering import images_number
+from dicomnode.outputs import Output, check_source, output_of
 from dicomnode.provenance import (
     Identity,
     add_equipment,
+    add_loss,
     add_provenance,
     add_related_series,
     add_source_image,
@@ -67,17 +64,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Part of every derived UID: goes up when the same input would give other attributes."""
-_STACK_NUMBERS = 10
-"""Between the SeriesNumbers of stacks: companions add 1 to 9."""
-_LOSSY_METHOD = {  # PS3.3 C.7.6.1.1.5.1
-    JPEGBaseline8Bit: "ISO_10918_1",
-    JPEGExtended12Bit: "ISO_10918_1",
-    JPEGLSNearLossless: "ISO_14495_1",
-    JPEG2000: "ISO_15444_1",
-    HTJ2K: "ISO_15444_15",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +78,7 @@ class OutputOptions:
             text is cut so that the rest stays whole within 64 characters.
         content_qualification: RESEARCH, PRODUCT or SERVICE (PS3.3 C.12.1.1.8); a source that is
             RESEARCH or SERVICE keeps its own.
-        stack: number from 1 of a stack of several, else 0; SeriesNumbers differ by 10.
+        stack: number from 1 of a stack of several, else 0.
         stack_name: what tells the stack from the others, for the description.
         label: burned: the words of label.py are burned into every image; none.
         generation: how often this very result was retracted before. A late slice needs none: the
@@ -169,14 +157,15 @@ def derived_instance_uid(series_uid: str, source_slice: str) -> str:
 
 
 def derive_series(
-    prediction: Volume,
-    source: Volume,
+    prediction: Planes,
+    source: Planes,
     datasets: Sequence[Dataset],
     identity: Identity,
     options: OutputOptions,
     now: datetime,
     *,
     use_template: bool = True,
+    storage: Storage | None = None,
 ) -> Iterator[Dataset]:
     """Derived instances, one per source slice, in slice order, ready to be written.
 
@@ -184,38 +173,56 @@ def derive_series(
     within half a rescale quantum of the prediction; padding stays where it was.
 
     Args:
-        prediction: (slices, rows, columns), float32, in the unit of the output type, on the grid
-            of `source`.
+        prediction: in the unit of the output type, on the grid of `source`.
         source: the volume that was made of `datasets`.
         datasets: source slices in slice order, as `volume_from_datasets` returns them.
         now: aware; written as the time of derivation, in the time zone of the source if it has one.
         use_template: build what slices share once. False: anew for each, which gives the same
             bytes and takes longer; there to be compared with.
+        storage: see `storage_ahead`; None: found now, which takes every slice of `prediction`.
 
     Raises:
         SeriesRefused: see `check_source`, `storage_for` and `label_pixels`.
         ValueError: prediction, source and datasets do not belong together, or `now` is naive.
     """
-    output = output_of(identity.task)
+    output = output_of(identity.task, prediction.unit)
     check_source(datasets, identity.task, accept_synthetic=True)
     _check_arguments(prediction, source, datasets, now)
     if prediction.unit not in output.units:
         raise ValueError(f"{identity.task} gives {output.units}, not {prediction.unit}")
-    storage = storage_for(output.stored, prediction, source, datasets)
+    if storage is None:
+        storage = storage_for(output.stored, prediction, source, datasets)
     if options.label == "burned":
-        label = label_pixels(*source.voxels.shape[1:])
+        label = label_pixels(*source.shape[1:])
         params = f"{identity.params} burned-in label={label.sum()} pixels lost".strip()
         storage, identity = replace(storage, label=label), replace(identity, params=params)
-    series = _Series(datasets, source.digests, storage, identity, options, now)
+    series = _Series(datasets, source.digests, storage, output, identity, options, now)
     return (series.instance(index, use_template) for index in range(len(datasets)))
 
 
+def storage_ahead(
+    prediction: Planes,
+    source: Planes,
+    datasets: Sequence[Dataset],
+    task: str,
+    options: OutputOptions,
+) -> Storage | None:
+    """How slices are stored if all of them fit, before any was predicted; None: nobody can tell.
+
+    With it, `derive_series` makes one instance after the other as `prediction` gives its slices,
+    and raises `encodings.DoesNotFit` where it was wrong: then the series is to be made anew.
+    """
+    if options.label != "none":  # as bright as the brightest voxel of all slices
+        return None
+    return storage_before(output_of(task).stored, prediction, source, datasets)
+
+
 def _check_arguments(
-    prediction: Volume, source: Volume, datasets: Sequence[Dataset], now: datetime
+    prediction: Planes, source: Planes, datasets: Sequence[Dataset], now: datetime
 ) -> None:
     if now.tzinfo is None:
         raise ValueError("now: give a time with its zone")
-    if prediction.voxels.shape != source.voxels.shape or len(datasets) != len(source.voxels):
+    if prediction.shape != source.shape or len(datasets) != source.shape[0]:
         raise ValueError("prediction, source and datasets do not have the same slices")
     here = [numbers_of(dataset, "ImagePositionPatient", 3, "NO_GEOMETRY") for dataset in datasets]
     if not np.array_equal(here, source.positions):
@@ -230,6 +237,7 @@ class _Series:
         datasets: Sequence[Dataset],
         digests: Sequence[str],
         storage: Storage,
+        output: Output,
         identity: Identity,
         options: OutputOptions,
         now: datetime,
@@ -238,12 +246,11 @@ class _Series:
         self.datasets = datasets
         self.storage = storage
         self.identity = identity
-        self.output = output_of(identity.task)
+        self.output = output
         self.keys = [slice_key(dataset) for dataset in datasets]
         by_key = dict(zip(self.keys, digests, strict=True)) if digests else source_digests(datasets)
         self.uid = derived_series_uid(by_key, identity.digest, options)
-        beside = _STACK_NUMBERS * max(options.stack - 1, 0)
-        self.number = _series_number(first.get("SeriesNumber"), options.series_number, beside)
+        self.number = images_number(first.get("SeriesNumber"), options.series_number, options.stack)
         self.description = _series_description(first, identity, options)
         self.qualification = first.get("ContentQualification") or options.content_qualification
         if self.qualification not in ("RESEARCH", "SERVICE"):
@@ -274,7 +281,7 @@ class _Series:
             copy_attributes(derived, source, CONTRAST)
         add_source_image(derived, source)
         if is_lossy(source):
-            _add_loss(derived, source)
+            add_loss(derived, source)
         self.storage.describe(derived, source, index)
         if self.storage.label is not None:
             derived.BurnedInAnnotation = "YES"
@@ -347,30 +354,6 @@ def _syntax(dataset: Dataset) -> UID:
 
 def _has_contrast(source: Dataset) -> bool:
     return bool(source.get("ContrastBolusAgent") or source.get("ContrastBolusAgentSequence"))
-
-
-def _add_loss(derived: Dataset, source: Dataset) -> None:
-    """That pixels went through lossy compression, once and for all (PS3.3 C.7.6.1.1.5)."""
-    derived.LossyImageCompression = "01"
-    syntax = _syntax(source)
-    if not derived.get("LossyImageCompressionMethod") and syntax in _LOSSY_METHOD:
-        derived.LossyImageCompressionMethod = _LOSSY_METHOD[syntax]
-    if not derived.get("LossyImageCompressionRatio") and syntax.is_encapsulated:
-        ratio = 2 * source.Rows * source.Columns / len(source.PixelData)
-        derived.LossyImageCompressionRatio = f"{ratio:.2f}"
-
-
-def _series_number(source: Any, rule: str | int, beside: int) -> int:
-    """The rule applied, and `beside` added.
-
-    An unusable SeriesNumber of the source counts as 0 (IS: below 2^31).
-    """
-    text = str(rule)
-    added = int(text) + beside
-    if not text.startswith("+"):
-        return added
-    number = int(source) if isinstance(source, int) and source > 0 else 0
-    return added + (number if number + added < 2**31 else 0)
 
 
 def _series_description(first: Dataset, identity: Identity, options: OutputOptions) -> str:

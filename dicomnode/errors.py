@@ -11,6 +11,8 @@
     ├── OperationRefused       a DIMSE-N request answered with a failure status
     ├── SeriesRefused          a stored series that must not be translated, and why
     ├── PackageError           a model package is damaged or does not fit
+    ├── Cancelled              an operator or a later generation wants a job no more
+    ├── OutOfMemory            not even one slice of a series fits in memory
     ├── WorkerLost             a worker process died or did not answer
     ├── JournalError           a change of state that the life-cycle table does not have
     │   └── JournalBusy          the journal takes no change now: locked, or the disk is full
@@ -95,6 +97,14 @@ class SeriesRefused(DicomNodeError):
 
 class PackageError(DicomNodeError):
     """A model package is damaged, or does not fit what it was asked to do."""
+
+
+class Cancelled(DicomNodeError):
+    """A job that runs is not wanted any more; raised between two batches."""
+
+
+class OutOfMemory(DicomNodeError):
+    """Not even one slice fits in the memory there is now; the job may run again later."""
 
 
 class WorkerLost(DicomNodeError):

@@ -70,12 +70,32 @@ class History:
         sent = select(func.count()).where(*has).scalar_subquery()
         total = select(func.count()).where(o.job == d.job).scalar_subquery()
         query = select(t.deliveries, sent.label("accepted"), total.label("instances"))
-        for row in self._db.read(query.where(d.job.in_(list(jobs))).order_by(d.id)):
-            jobs[row.job]["deliveries"].append(dict(row._mapping))
+        rows = self._db.read(query.where(d.job.in_(list(jobs))).order_by(d.id))
+        promised = self._promised([row.id for row in rows])
+        for row in rows:
+            delivery = {**row._mapping, "commitment": promised.get(row.id)}
+            jobs[row.job]["deliveries"].append(delivery)
         grouped = defaultdict(list)
         for job in jobs.values():
             grouped[job["series_uid"]].append(job)
         return dict(grouped)
+
+    def _promised(self, deliveries: list[int]) -> dict[int, dict[str, Any]]:
+        """What was asked of the destination of each delivery, if it is to commit it."""
+        p = t.promises.c
+        query = select(p.delivery, p.state, p.since, p.due, p.attempts, p.detail)
+        rows = self._db.read(query.where(p.delivery.in_(deliveries)))
+        return {row[0]: {k: v for k, v in row._mapping.items() if k != "delivery"} for row in rows}
+
+    def commitment_requests(self, limit: int = 100) -> list[dict[str, Any]]:
+        """Storage commitments that destinations still owe us, the latest first."""
+        p, d, j = t.promises.c, t.deliveries.c, t.jobs.c
+        query = select(p.delivery, p.state, p.since, p.due, p.attempts, p.detail)
+        query = query.add_columns(d.destination, d.job, j.series_uid)
+        query = query.join_from(t.promises, t.deliveries, p.delivery == d.id).join(t.jobs)
+        owed = query.where(p.state.not_in(("committed", "discarded")))
+        rows = self._db.read(owed.order_by(p.since.desc(), p.delivery).limit(limit))
+        return [dict(row._mapping) for row in rows]
 
     def commitments(self, limit: int = 100) -> list[dict[str, Any]]:
         """Storage commitments still owed to a peer or parked, the latest request first."""
@@ -87,11 +107,12 @@ class History:
         return [dict(row._mapping) for row in rows]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Jobs, deliveries and storage commitments by state, and open and closed series."""
+        """Jobs, deliveries, storage commitments (asked of us, asked by us), and series by state."""
         return {
             "jobs": self._count(t.jobs.c.state),
             "deliveries": self._count(t.deliveries.c.state),
             "commitments": self._count(t.commitments.c.state),
+            "commitment_requests": self._count(t.promises.c.state),
             "series": {
                 "open" if is_open else "closed": number
                 for is_open, number in self._count(t.series.c.open).items()

@@ -35,6 +35,8 @@ class Job:
     route: str
     attempts: int
     created: float
+    priority: int
+    """The smaller, the more urgent."""
     retracts: int | None = None
     """The job whose result this one withdraws; None: it translates."""
 
@@ -129,18 +131,22 @@ class Jobs:
 
     # jobs
 
-    def claim(self, now: float) -> Job | None:
+    def claim(self, now: float, before: int | None = None) -> Job | None:
         """Take the next queued job: by priority, then by how long it is queued.
 
         One that lost its worker is behind all that were queued then: it may be to blame.
+
+        `before`: only one that is more urgent than this priority.
         """
         j = t.jobs.c
-        columns = (j.id, j.series_uid, j.generation, j.route, j.attempts, j.created, j.retracts)
-        query = (
-            select(*columns).where(j.state == State.QUEUED).order_by(j.priority, j.updated, j.id)
-        )
+        columns = (j.id, j.series_uid, j.generation, j.route, j.attempts, j.created, j.priority)
+        wanted = [] if before is None else [j.priority < before]
+        query = select(*columns, j.retracts).where(j.state == State.QUEUED, *wanted)
+        query = query.order_by(j.priority, j.updated, j.id).limit(1)
+        if not self._db.read(query):  # mostly: then nobody has to wait
+            return None
         with self._db.write() as db:
-            row = db.execute(query.limit(1)).one_or_none()
+            row = db.execute(query).one_or_none()
             if row is None:
                 return None
             why = "" if row.retracts is None else f"to withdraw what job {row.retracts} made"

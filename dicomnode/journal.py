@@ -105,8 +105,8 @@ class Journal:
 
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:
         """The series, digest and purged flag of a stored instance, or None."""
-        rows = self._db.read(_KNOWN, {"uid": sop_instance_uid})
-        return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
+        rows = self._db.look_up(_KNOWN, sop_instance_uid)
+        return (rows[0][0], rows[0][1], bool(rows[0][2])) if rows else None
 
     def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
         """Note one stored instance; False if it was known. Late ones open a new generation.
@@ -212,6 +212,11 @@ class Journal:
         i = t.instances.c
         query = select(i.sop_instance_uid, i.expected).where(i.series_uid == series_uid)
         return {uid: json.loads(said) if said else {} for uid, said in self._db.read(query)}
+
+    def generation(self, series_uid: str) -> int:
+        """How often the series was opened: a later one takes the place of those before."""
+        query = select(t.series.c.generation).where(t.series.c.series_uid == series_uid)
+        return int(self._db.read(query)[0][0])
 
     def open_series(self) -> list[OpenSeries]:
         s = t.series.c

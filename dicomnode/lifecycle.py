@@ -41,6 +41,7 @@ class Event(StrEnum):
     WORKER_LOST = "worker lost"
     GAVE_UP = "gave up"
     DELIVERED = "delivered"
+    NOT_COMMITTED = "not committed"
     OVERTAKEN = "overtaken"
     RETRIED = "retried"
     DROPPED = "dropped"
@@ -62,6 +63,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SENDING, Event.OVERTAKEN): State.SUPERSEDED,  # what was sent is withdrawn
     (State.SENDING, Event.DROPPED): State.DISCARDED,
     (State.DONE, Event.OVERTAKEN): State.SUPERSEDED,  # what was sent is withdrawn
+    (State.DONE, Event.NOT_COMMITTED): State.SENDING,  # what a destination lost is sent again
     (State.HELD, Event.RETRIED): State.QUEUED,
     (State.HELD, Event.OVERTAKEN): State.SUPERSEDED,
     (State.HELD, Event.DROPPED): State.DISCARDED,
@@ -74,7 +76,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 FINAL = frozenset({State.DONE, State.SUPERSEDED, State.DISCARDED})
-"""Nothing more is owed, unless late instances supersede what is done."""
+"""Nothing more is owed, unless late instances supersede what is done, or a destination that was to
+commit it has not."""
 
 
 class Delivery(StrEnum):
@@ -91,6 +94,7 @@ DELIVERY_TRANSITIONS: dict[tuple[Delivery, str], Delivery] = {
     (Delivery.WAITING, "accepted"): Delivery.DELIVERED,
     (Delivery.WAITING, "refused"): Delivery.PARKED,
     (Delivery.WAITING, "dropped"): Delivery.DISCARDED,
+    (Delivery.DELIVERED, "not committed"): Delivery.WAITING,  # a few times: see `promises`
     (Delivery.PARKED, "retried"): Delivery.WAITING,
     (Delivery.PARKED, "dropped"): Delivery.DISCARDED,
 }

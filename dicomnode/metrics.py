@@ -20,16 +20,39 @@ deliveries_by_state = Gauge("dicomnode_deliveries", "Deliveries in the journal b
 commitments_by_state = Gauge(
     "dicomnode_commitments", "Storage commitments asked of us, by state", ["state"]
 )
+commitment_requests_by_state = Gauge(
+    "dicomnode_commitment_requests",
+    "Storage commitments of deliveries that we ask of destinations, by state",
+    ["state"],
+)
 translation_seconds = Histogram(
     "dicomnode_translation_seconds",
     "From claimed job to derived series on disk",
     ["route"],
     buckets=(0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800),
 )
+series_unclassified = Counter(
+    "dicomnode_series_unclassified_total",
+    "Derived series without the report of their route's classifier",
+    ["route"],
+)
 instances_delivered = Counter(
     "dicomnode_instances_delivered_total",
     "Derived instances answered by a destination, by outcome",
     ["destination", "outcome"],
+)
+batches_halved = Counter(
+    "dicomnode_batches_halved_total", "Batches halved because memory ran out", ["route"]
+)
+slices_ahead = Counter(
+    "dicomnode_slices_ahead_total",
+    "Slices of translated series that were inferred while the series still arrived",
+    ["route"],
+)
+model_info = Gauge(
+    "dicomnode_model_info",
+    "1 per loaded model, with what runs it; its self-test has passed",
+    ["model", "engine", "precision", "device"],
 )
 workers_lost = Counter("dicomnode_workers_lost_total", "Worker processes that died")
 free_bytes = Gauge("dicomnode_data_free_bytes", "Free space where data_dir lies")

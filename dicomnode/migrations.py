@@ -16,13 +16,12 @@ from dicomnode.errors import JournalError
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The version `tables` describes."""
 
 STEPS: dict[int, tuple[str, ...]] = {
     # 1 -> 2: crashes are counted apart from attempts; each derived instance knows its series;
-    # what retention deletes is written down first; a job may withdraw what another one made;
-    # destinations may be asked to commit what was delivered
+    # what retention deletes is written down first; a job may withdraw what another one made
     1: (
         "ALTER TABLE jobs ADD COLUMN crashes INTEGER DEFAULT '0' NOT NULL",
         "ALTER TABLE jobs ADD COLUMN purged BOOLEAN DEFAULT '0' NOT NULL",
@@ -52,6 +51,28 @@ STEPS: dict[int, tuple[str, ...]] = {
         # what a crash may have left of earlier purges
         "INSERT INTO removals (kind, series_uid)"
         " SELECT DISTINCT 'received', series_uid FROM instances WHERE purged",
+    ),
+    # 2 -> 3: destinations may be asked to commit what was delivered
+    2: (
+        "CREATE TABLE promises ("
+        " delivery INTEGER NOT NULL,"
+        " state VARCHAR NOT NULL,"
+        " since FLOAT NOT NULL,"
+        " due FLOAT NOT NULL,"
+        " attempts INTEGER NOT NULL,"
+        " round INTEGER NOT NULL,"
+        " resent INTEGER NOT NULL,"
+        " detail VARCHAR NOT NULL,"
+        " PRIMARY KEY (delivery),"
+        " FOREIGN KEY(delivery) REFERENCES deliveries (id))",
+        "CREATE INDEX ix_promises_state ON promises (state)",
+        "CREATE TABLE promise_requests ("
+        " transaction_uid VARCHAR NOT NULL,"
+        " delivery INTEGER NOT NULL,"
+        " round INTEGER NOT NULL,"
+        " PRIMARY KEY (transaction_uid),"
+        " FOREIGN KEY(delivery) REFERENCES promises (delivery))",
+        "CREATE INDEX ix_promise_requests_delivery ON promise_requests (delivery)",
     ),
 }
 """By the version it starts from: the statements of the step to the next version."""

@@ -69,6 +69,7 @@ class PerformedSteps:
 
     contexts = (str(ModalityPerformedProcedureStep),)
     """Abstract syntaxes to support."""
+    reports = False
 
     def __init__(self, database: Database) -> None:
         self._db = database

@@ -2,20 +2,24 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dicomnode import qa
 from dicomnode.config import NodeConfig, Route
 from dicomnode.errors import CannotUnderstand, PackageError, SeriesRefused
+from dicomnode.imaging.layout import check_headers
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.package import read_package
-from dicomnode.imaging.stacks import split_stacks, usable_stacks
+from dicomnode.imaging.stacks import StackOfImages, split_stacks, usable_stacks
 from dicomnode.orders import Order, Outcome
-from dicomnode.part10 import MALFORMED, read_header, read_instances
+from dicomnode.outputs import check_source
+from dicomnode.part10 import MALFORMED, damage_in, read_header, read_instances
 from dicomnode.routing import Decision, decide, keywords_of
 from dicomnode.series import ARRIVAL_KEYWORDS, common_header, missing_slices, plane_of, read_headers
-from dicomnode.worker import load_models, translate
+from dicomnode.translating import translate
+from dicomnode.worker import load_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class ExplainedStack:
     """Of the stack's axis from the slice normal; 0 unless sheared."""
     refusal: str = ""
     """Code and sentence; empty: nothing in the headers is against it."""
+    models: dict[str, str] = field(default_factory=dict)
+    """By the name of each route that matches: why its model would refuse the stack by its headers;
+    empty: nothing is against it but, perhaps, its pixels."""
 
     def __str__(self) -> str:
         words = [f"{self.slices} {self.modality} slices"]
@@ -92,11 +99,14 @@ def _explain(series_uid: str, files: Sequence[Path], config: NodeConfig) -> Expl
     header = common_header(headers, keywords, facts)
     decisions = decide(header, config.routes, any(map(is_synthetic, headers)))
     missing = missing_slices(map(plane_of, headers))
-    stacks, ignored, refusal = _stacks(files)
+    taken = [decision.route for decision in decisions if decision.taken]
+    stacks, ignored, refusal = _stacks(files, taken, config)
     return Explained(series_uid, len(files), missing, decisions, stacks, ignored, refusal)
 
 
-def _stacks(files: Sequence[Path]) -> tuple[list[ExplainedStack], dict[str, int], str]:
+def _stacks(
+    files: Sequence[Path], routes: Sequence[Route], config: NodeConfig
+) -> tuple[list[ExplainedStack], dict[str, int], str]:
     """The stacks of a series, what is no slice by its code, and why there are none."""
     try:
         headers = read_instances(files, pixels=False)
@@ -111,8 +121,28 @@ def _stacks(files: Sequence[Path]) -> tuple[list[ExplainedStack], dict[str, int]
         tilt = stack.tilt_degrees if stack.sheared else 0.0
         step = round(stack.step_mm, 3)
         count = len(stack.datasets)
-        stacks.append(ExplainedStack(stack.rule, stack.modality, count, step, tilt, words))
+        models = {} if words else {r.name: _why_not(stack, r, config) for r in routes}
+        stacks.append(ExplainedStack(stack.rule, stack.modality, count, step, tilt, words, models))
     return stacks, dict(sorted(ignored.items())), ""
+
+
+def _why_not(stack: StackOfImages, route: Route, config: NodeConfig) -> str:
+    """Why the model of a route would refuse a stack by its headers; empty: it would not."""
+    try:
+        package = read_package(config.models_dir / route.model)
+        manifest, headers = package.manifest, stack.datasets
+        least = int(manifest.bounds.slices.min or 1)
+        check_headers(headers, manifest.input.unit, min_slices=least, allow_lossy=route.allow_lossy)
+        check_source(headers, manifest.task, accept_synthetic=True)
+        qa.check_headers(headers, package)
+    except SeriesRefused as refusal:
+        return f"{refusal.code}: {refusal.message}; {refusal.remedy}"
+    except PackageError as error:
+        return str(error)
+    except MALFORMED:
+        what = damage_in(stack.datasets) or "a value cannot be read"
+        return f"UNREADABLE: {what}; send it again"
+    return ""
 
 
 def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dict[str, Outcome]:

@@ -58,6 +58,41 @@ class Withdrawal:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """An order on its way to the worker; a more urgent one is done first, between two batches."""
+
+    job: int
+    priority: int
+    """As `jobs.PRIORITIES`: the smaller, the more urgent."""
+    order: Order | Withdrawal
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A job that is not wanted any more."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """Files of a series that is not complete yet: its slices may be inferred ahead."""
+
+    series_uid: str
+    model: str
+    files: tuple[Path, ...]
+    """Those that were not told before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of a job."""
+
+    job: int
+    outcome: "Outcome"
+
+
+@dataclass(frozen=True, slots=True)
 class DerivedSeries:
     """One derived series and what goes with it, in the folder of its UID under the results."""
 
@@ -98,11 +133,17 @@ class Outcome:
     plausible: bool = True
     """False if QA gates any of the series: then none is sent."""
     findings: Mapping[str, Any] = field(default_factory=dict)
+    unclassified: int = 0
+    """How many of the series lack the report of the route's classifier; `detail` says why."""
     refusal: str = ""
     """Code of the first refusal, if no stack could be translated; empty: not refused."""
     broken: str = ""
     """Kind of an unexpected error; empty: none. The traceback is in the log."""
     detail: str = ""
+    halved: int = 0
+    """How often a batch was halved because memory ran out."""
+    ahead: int = 0
+    """How many slices had been inferred while the series still arrived."""
 
     @property
     def derived_uid(self) -> str:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -76,8 +76,16 @@ def retry_wait(attempts: int, jitter: float) -> float:
 class Outbox:
     """Gives due deliveries to the courier and journals what became of them."""
 
-    def __init__(self, config: NodeConfig, spool: Spool, jobs: Jobs) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        spool: Spool,
+        jobs: Jobs,
+        on_delivered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_delivered`: called when a delivery is complete and the journal says so."""
         self._config, self._spool, self._jobs = config, spool, jobs
+        self._on_delivered = on_delivered
         self._lock = threading.Lock()
         self._under_way: dict[int, DueDelivery] = {}
         self._courier: Child | None = None
@@ -87,11 +95,19 @@ class Outbox:
         with self._lock:
             return bool(self._under_way)
 
-    def start_due(self, now: float) -> None:
-        """Hand every delivery that is due, and for which there is an association free, over."""
+    def associations(self) -> Counter[str]:
+        """How many are open to each destination."""
+        with self._lock:
+            return Counter(delivery.destination for delivery in self._under_way.values())
+
+    def start_due(self, now: float, others: Collection[str] = ()) -> None:
+        """Hand every delivery that is due, and for which there is an association free, over.
+
+        `others`: destinations to which another part of the node has an association.
+        """
         for delivery in self._jobs.due_deliveries(now):
+            running = self.associations() + Counter(others)
             with self._lock:
-                running = Counter(d.destination for d in self._under_way.values())
                 if delivery.id in self._under_way:
                     continue
             peer = self._config.peers.get(delivery.destination)
@@ -199,6 +215,7 @@ class Outbox:
             words = f"{len(delivery.remaining)} instances"
             words += f", {receipt.detail}" if receipt.detail else ""
             self._jobs.delivered(delivery, words, now)
+            self._on_delivered()
         elif receipt.ended == "refused" or self._too_old(delivery, now):
             log.warning("delivery %d parked: %s", delivery.id, receipt.detail)
             self._jobs.park(delivery, receipt.detail, now)

@@ -4,7 +4,7 @@ An entry says which IOD the result is, what it keeps of its source, and what it 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydicom import Dataset
@@ -51,7 +51,7 @@ class Output:
     sop_class: UID
     units: tuple[Unit, ...]
     image_type: tuple[str, ...]
-    stored: Literal["as source", "signed HU", "12 bit", "activity"]
+    stored: Literal["as source", "signed HU", "12 bit", "grey", "activity"]
     kept: tuple[str, ...] = ()
     kept_or_empty: tuple[str, ...] = ()
     constants: Mapping[str, str | None] = field(default_factory=dict)
@@ -102,8 +102,10 @@ OUTPUTS: Mapping[str, Output] = {  # by task of the model package
     ),
     # No agent was given: the Contrast/Bolus module stays away (usage C), as do dose indices, which
     # a registry would count for an examination that never was.
-    "ce_ct": _ct_from_ct(
-        "CE_CT", "Contrast-enhanced CT predicted from CT", dose=False, contrast=False
+    # Of a model that equalises histograms, the contrast paper's option, the result is no HU.
+    "ce_ct": replace(
+        _ct_from_ct("CE_CT", "Contrast-enhanced CT predicted from CT", dose=False, contrast=False),
+        units=("HU", "AU"),
     ),
     "syn_ct": Output(
         "SYN_CT",
@@ -149,15 +151,19 @@ OUTPUTS: Mapping[str, Output] = {  # by task of the model package
 }
 
 
-def output_of(task: str) -> Output:
-    """The output type of a task.
+def output_of(task: str, unit: Unit | None = None) -> Output:
+    """The output type of a task; of a CT in AU: with values that are said to be no HU.
 
     Raises:
         SeriesRefused: UNKNOWN_TASK.
     """
     if task not in OUTPUTS:
         raise SeriesRefused("UNKNOWN_TASK", f"task {task}", f"use one of {', '.join(OUTPUTS)}")
-    return OUTPUTS[task]
+    output = OUTPUTS[task]
+    if output.modality == "CT" and unit == "AU":  # US: unspecified (PS3.3 C.11.1.1.2)
+        constants = {**output.constants, "RescaleType": "US"}
+        return replace(output, stored="grey", constants=constants)
+    return output
 
 
 def check_source(datasets: Sequence[Dataset], task: str, *, accept_synthetic: bool = False) -> None:

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pydicom import Dataset, dcmread
 from pydicom.charset import convert_encodings
@@ -36,6 +36,7 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import VR
 
+from dicomnode.deferred import read_later
 from dicomnode.errors import CannotUnderstand, SeriesRefused
 
 MOST_ELEMENTS = 1_000_000
@@ -115,8 +116,13 @@ def read_header(path: Path, tags: Collection[int]) -> Dataset:
     return header
 
 
-def read_instances(paths: Sequence[Path], *, pixels: bool = True) -> list[Dataset]:
+def read_instances(
+    paths: Sequence[Path], *, pixels: bool | Literal["later"] = True
+) -> list[Dataset]:
     """Instances of one series, whole or without their pixel data, in the order of `paths`.
+
+    Args:
+        pixels: "later": see `deferred.read_later`.
 
     Raises:
         SeriesRefused: UNREADABLE (one is damaged, or contradicts itself), TOO_LARGE (all together).
@@ -132,7 +138,8 @@ def read_instances(paths: Sequence[Path], *, pixels: bool = True) -> list[Datase
                 words = f"more than {LARGEST_SERIES >> 30} GiB or {MOST_NESTED} nested elements"
                 raise SeriesRefused("TOO_LARGE", words, "send it as several series")
             header = read_header(path, [tag_for_keyword(name) or 0 for name in _IDENTITY])
-            dataset = dcmread(path, stop_before_pixels=not pixels)
+            later = pixels == "later"
+            dataset = read_later(path) if later else dcmread(path, stop_before_pixels=not pixels)
             if any(header.get(name) != dataset.get(name) for name in _IDENTITY):
                 raise CannotUnderstand("an attribute is there twice")
         except (*MALFORMED, CannotUnderstand) as error:

@@ -12,6 +12,14 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSNearLossless,
+)
 
 from dicomnode.attributes import copy_attributes, copy_item
 from dicomnode.imaging.frames import frame_number
@@ -28,6 +36,14 @@ _SCANNER = (
     "InstitutionName",
     "InstitutionalDepartmentName",
 )
+
+_LOSSY_METHOD = {  # PS3.3 C.7.6.1.1.5.1
+    JPEGBaseline8Bit: "ISO_10918_1",
+    JPEGExtended12Bit: "ISO_10918_1",
+    JPEGLSNearLossless: "ISO_14495_1",
+    JPEG2000: "ISO_15444_1",
+    HTJ2K: "ISO_15444_15",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,3 +244,14 @@ def plain_text(value: Any, limit: int) -> str:
     ascii_text = str(value).encode("ascii", "replace").decode("ascii")
     plain = "".join("/" if c == "\\" else c for c in ascii_text if c.isprintable()).strip()
     return plain if len(plain) <= limit else plain[: limit - 1] + "~"
+
+
+def add_loss(derived: Dataset, source: Dataset) -> None:
+    """That pixels went through lossy compression, once and for all (PS3.3 C.7.6.1.1.5)."""
+    derived.LossyImageCompression = "01"
+    syntax = UID(source.file_meta.TransferSyntaxUID)
+    if not derived.get("LossyImageCompressionMethod") and syntax in _LOSSY_METHOD:
+        derived.LossyImageCompressionMethod = _LOSSY_METHOD[syntax]
+    if not derived.get("LossyImageCompressionRatio") and syntax.is_encapsulated:
+        ratio = 2 * source.Rows * source.Columns / len(source.PixelData)
+        derived.LossyImageCompressionRatio = f"{ratio:.2f}"

@@ -12,12 +12,17 @@ from pydicom import Dataset
 from pydicom.multival import MultiValue
 
 from dicomnode.errors import PackageError, SeriesRefused
+from dicomnode.imaging.classifier import ClassifierPackage
 from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Bounds, Range
 from dicomnode.imaging.package import ModelPackage
-from dicomnode.imaging.volume import Volume
+from dicomnode.imaging.pixels import numbers_of
+from dicomnode.imaging.planes import Planes
+from dicomnode.imaging.units import minutes_after_injection
+from dicomnode.measuring import Change
 
-_BODY_HU = -500.0
+Package = ModelPackage | ClassifierPackage
 MEASURED = ("mean_change", "mean_abs_change", "abs_change_p999", "clipped_fraction")
 """What `assess` measures and a manifest may limit, as ``max_<name>``."""
 _CHANGES = MEASURED[:3]
@@ -39,7 +44,7 @@ class Finding:
         return f"{self.name} {self.value:.4g}{limit}{'' if self.ok else ' FAILED'}"
 
 
-def check_bounds(source: Volume, datasets: Sequence[Dataset], package: ModelPackage) -> None:
+def check_bounds(source: Planes, datasets: Sequence[Dataset], package: ModelPackage) -> None:
     """Refuse a series outside what the model was accepted for.
 
     Args:
@@ -48,18 +53,34 @@ def check_bounds(source: Volume, datasets: Sequence[Dataset], package: ModelPack
     Raises:
         SeriesRefused: OUT_OF_BOUNDS, naming the bound and both values.
     """
+    check_headers(datasets, package)
+    ends = source.extremes()
+    if ends is None:
+        raise _outside(package, "every voxel is padding")
+    check_values(np.array(ends), source.unit, package)
+
+
+def check_headers(datasets: Sequence[Dataset], package: Package) -> None:
+    """The part of `check_bounds` that headers decide, pixels not looked at.
+
+    Args:
+        datasets: the slices of one stack.
+
+    Raises:
+        SeriesRefused: OUT_OF_BOUNDS, naming the bound and both values.
+    """
     bounds: Bounds = package.manifest.bounds
-    slices, rows, columns = source.voxels.shape
     first = datasets[0]
     if first.get("Modality") not in bounds.modality:
         raise _outside(package, f"Modality is {first.get('Modality')}, not {bounds.modality}")
+    between = numbers_of(first, "PixelSpacing", 2, "NO_GEOMETRY")
     thickness = first.get("SliceThickness")
     measured: dict[str, tuple[Range, float | None]] = {
-        "slices": (bounds.slices, slices),
-        "rows": (bounds.rows, rows),
-        "columns": (bounds.columns, columns),
-        "row spacing in mm": (bounds.pixel_spacing_mm, source.spacing_mm[1]),
-        "column spacing in mm": (bounds.pixel_spacing_mm, source.spacing_mm[2]),
+        "slices": (bounds.slices, len(datasets)),
+        "rows": (bounds.rows, first.Rows),
+        "columns": (bounds.columns, first.Columns),
+        "row spacing in mm": (bounds.pixel_spacing_mm, between[0]),
+        "column spacing in mm": (bounds.pixel_spacing_mm, between[1]),
         "SliceThickness in mm": (
             bounds.slice_thickness_mm,
             None if thickness in (None, "") else float(thickness),
@@ -70,11 +91,11 @@ def check_bounds(source: Volume, datasets: Sequence[Dataset], package: ModelPack
             raise _outside(package, f"{what} is {value:g}, allowed {_words(allowed)}")
     _check_excluded(datasets, bounds.exclude, package)
     _check_required(datasets, bounds.require, package)
-    _check_range(source, bounds.hu_range, package)
+    _check_injection(datasets, bounds.minutes_after_injection, package)
 
 
 def _check_excluded(
-    datasets: Sequence[Dataset], excluded: Mapping[str, tuple[str, ...]], package: ModelPackage
+    datasets: Sequence[Dataset], excluded: Mapping[str, tuple[str, ...]], package: Package
 ) -> None:
     for keyword, patterns in excluded.items():
         if any(_matches(dataset, keyword, patterns) for dataset in datasets):
@@ -82,11 +103,24 @@ def _check_excluded(
 
 
 def _check_required(
-    datasets: Sequence[Dataset], required: Mapping[str, tuple[str, ...]], package: ModelPackage
+    datasets: Sequence[Dataset], required: Mapping[str, tuple[str, ...]], package: Package
 ) -> None:
     for keyword, patterns in required.items():
         if not all(_matches(dataset, keyword, patterns) for dataset in datasets):
             raise _outside(package, f"{keyword} is not one of {', '.join(patterns)}")
+
+
+def _check_injection(datasets: Sequence[Dataset], allowed: Range, package: Package) -> None:
+    if allowed == Range():
+        return
+    try:
+        times = minutes_after_injection(datasets)
+    except SeriesRefused as error:
+        raise _outside(package, f"the time after injection is not known ({error.code})") from error
+    for minutes in times:
+        if minutes not in allowed:
+            what = f"acquired {minutes:.0f} minutes after injection, allowed {_words(allowed)}"
+            raise _outside(package, what)
 
 
 def _matches(dataset: Dataset, keyword: str, patterns: Sequence[str]) -> bool:
@@ -96,37 +130,46 @@ def _matches(dataset: Dataset, keyword: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(str(text).upper(), p.upper()) for text in texts for p in patterns)
 
 
-def _check_range(source: Volume, allowed: Range, package: ModelPackage) -> None:
-    voxels = source.voxels if source.padding is None else source.voxels[~source.padding]
-    if voxels.size == 0:
-        raise _outside(package, "every voxel is padding")
+def check_values(voxels: NDArray[np.float32], unit: str, package: Package) -> None:
+    """The part of `check_bounds` that looks at pixels.
+
+    Args:
+        voxels: any shape, not empty, float32, in `unit`; without padding.
+
+    Raises:
+        SeriesRefused: OUT_OF_BOUNDS, naming value and limits.
+    """
+    allowed = package.manifest.bounds.hu_range
     for value in (float(voxels.min()), float(voxels.max())):
         if value not in allowed:
-            raise _outside(package, f"a voxel has {value:g} {source.unit}, {_words(allowed)}")
+            raise _outside(package, f"a voxel has {value:g} {unit}, {_words(allowed)}")
 
 
-def assess(source: Volume, prediction: Volume, package: ModelPackage) -> list[Finding]:
-    """Measure a prediction against its source.
+def assess(source: Planes, prediction: Planes, package: ModelPackage) -> list[Finding]:
+    """Measure a prediction against its source; see `findings_of`."""
+    change = change_of(source, package)
+    for index in range(source.shape[0]):
+        change.add(source.plane(index), source.padding_of(index), prediction.plane(index))
+    return findings_of(change, package)
+
+
+def change_of(source: Planes | Layout, package: ModelPackage) -> Change:
+    """What is to be given each slice of `source` and its result, in order."""
+    intensity = package.manifest.output.intensity
+    ends = (-np.inf, np.inf)
+    if isinstance(intensity, Window):
+        ends = (intensity.low, intensity.high)
+    return Change(source.unit, math.prod(source.shape), ends)
+
+
+def findings_of(change: Change, package: ModelPackage) -> list[Finding]:
+    """What was measured, and the limits it is held to.
 
     Limits come from ``qa`` of the manifest: ``max_mean_change`` (of the body, in the output's
     unit), ``max_mean_abs_change``, ``max_abs_change_p999`` and ``max_clipped_fraction``.
     A limit on what is not measured is a PackageError at load, so none is silently ignored.
     """
-    limits = package.manifest.qa
-    known = _body(source)
-    change = prediction.voxels[known] - source.voxels[known]
-    intensity = package.manifest.output.intensity
-    ends = (-np.inf, np.inf)
-    if isinstance(intensity, Window):
-        ends = (intensity.low, intensity.high)
-    clipped = (prediction.voxels[known] <= ends[0]) | (prediction.voxels[known] >= ends[1])
-    measured = {
-        "finite": float(np.isfinite(prediction.voxels).all()),
-        "mean_change": float(abs(change.mean())) if change.size else 0.0,
-        "mean_abs_change": float(np.abs(change).mean()) if change.size else 0.0,
-        "abs_change_p999": float(np.percentile(np.abs(change), 99.9)) if change.size else 0.0,
-        "clipped_fraction": float(clipped.mean()) if change.size else 0.0,
-    }
+    measured, limits = change.measured(), package.manifest.qa
     findings = [Finding("finite", measured["finite"], 1.0, measured["finite"] == 1.0)]
     for name in _measured(package):
         limit = limits.get(f"max_{name}")
@@ -141,7 +184,7 @@ def _measured(package: ModelPackage) -> tuple[str, ...]:
     return tuple(name for name in MEASURED if same_unit or name not in _CHANGES)
 
 
-def observations(source: Volume, ignored: int) -> list[Finding]:
+def observations(source: Planes, ignored: int) -> list[Finding]:
     """What a reader should know of the source, and no limit holds; only what there is to tell.
 
     Args:
@@ -163,13 +206,7 @@ def findings_as_data(findings: Sequence[Finding]) -> dict[str, Any]:
     return data
 
 
-def _body(source: Volume) -> NDArray[np.bool_]:
-    """Voxels that are patient rather than air or padding, (slices, rows, columns)."""
-    inside = source.voxels > _BODY_HU if source.unit == "HU" else source.voxels > 0
-    return inside if source.padding is None else inside & ~source.padding
-
-
-def _outside(package: ModelPackage, what: str) -> SeriesRefused:
+def _outside(package: Package, what: str) -> SeriesRefused:
     return SeriesRefused(
         "OUT_OF_BOUNDS",
         f"model {package.name} {package.version} was not accepted for this series: {what}",

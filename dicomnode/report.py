@@ -13,6 +13,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from dicomnode.composite import companion_uids, finish, without_patient
+from dicomnode.imaging.classes import ClassifierManifest, Coded
 from dicomnode.imaging.marks import MANUFACTURER, reproducible_uid
 from dicomnode.outputs import output_of
 from dicomnode.provenance import Identity, plain_text, software_versions
@@ -44,13 +45,6 @@ _OBSERVED = {  # finding of qa.py about the source -> concept and its unit
 }
 _GATE = _own("QA_GATE", meaning="Quality gate")
 Gate = Literal["gate", "flag", "off"]
-CLASSES: Mapping[str, Code] = {
-    "adenocarcinoma": codes.SCT.AdenocarcinomaOfLung,
-    "large_cell_carcinoma": codes.SCT.LargeCellCarcinoma,
-    "squamous_cell_carcinoma": codes.SCT.SquamousCellCarcinomaOfLung,
-    "normal": codes.SCT.Normal,
-}
-"""The classes of the lung classifier, in the order of its outputs, and their codes."""
 _REJECTED = {  # reason -> title (CID 7010) and its modifier (CID 7011), where it must have one
     "quality": (codes.DCM.RejectedForQualityReasons, codes.DCM.OtherFailure),
     "safety": (codes.DCM.RejectedForPatientSafetyReasons, None),
@@ -93,48 +87,51 @@ def qa_report(
 
 def classifier_report(
     images: Sequence[Dataset],
-    probabilities: Mapping[str, float],
+    manifest: ClassifierManifest,
+    probabilities: Sequence[float],
     identity: Identity,
     now: datetime,
     *,
     series_number: int,
 ) -> Dataset:
-    """Comprehensive SR by TID 1500: how probable each class of lung tissue is to a classifier.
+    """Comprehensive SR by TID 1500: how probable each class is to a classifier.
 
-    Four groups, one per class, of a finding, its site and its probability. It refers to the very
-    images that were classified, so that a chain over a synthetic series stays visible.
+    A group per class, of a finding, its site and its probability. It refers to the very images
+    that were classified, so that a chain over a synthetic series stays visible.
 
     Args:
         images: headers of the classified images of one series.
-        probabilities: one per name in `CLASSES`, in [0, 1], of sum 1.
+        manifest: the classifier's, which says what its classes mean.
+        probabilities: one per class, in that order, in [0, 1], of sum 1.
         identity: the classifier's.
 
     Raises:
         ValueError: these are not the probabilities of these classes, or `now` is naive.
     """
-    if probabilities.keys() != CLASSES.keys():
-        raise ValueError(f"give a probability of each of {', '.join(CLASSES)}")
-    values = list(probabilities.values())
-    if not all(0 <= value <= 1 for value in values) or abs(math.fsum(values) - 1) > 1e-3:
-        raise ValueError("probabilities are from 0 to 1, and their sum is 1")
+    values = [float(f"{value:.4f}") for value in probabilities]  # more digits mean nothing
+    if len(values) != len(manifest.classes) or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"give {len(manifest.classes)} probabilities from 0 to 1")
+    if abs(math.fsum(probabilities) - 1) > 1e-3:
+        raise ValueError("the sum of the probabilities is not 1")
+    site = None if manifest.site is None else [sr.FindingSite(_code(manifest.site))]
     groups = [
         sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=_tracking(images, name),
-            finding_type=concept,
-            finding_sites=[sr.FindingSite(codes.SCT.Lung)],
+            tracking_identifier=_tracking(images, one.name),
+            finding_type=_code(one.code),
+            finding_sites=site,
             algorithm_id=_algorithm(identity),
-            measurements=[
-                sr.Measurement(codes.DCM.Probability, float(probabilities[name]), _NO_UNITS)
-            ],
+            measurements=[sr.Measurement(codes.DCM.Probability, value, _NO_UNITS)],
             source_images=_sources(images),
         )
-        for name, concept in CLASSES.items()
+        for one, value in zip(manifest.classes, values, strict=True)
     ]
     title = codes.DCM.ImagingMeasurementReport
-    uids = companion_uids(
-        images, "classifier report", identity.digest, sorted(probabilities.items())
-    )
+    uids = companion_uids(images, "classifier report", identity.digest, values)
     return _report(images, groups, title, identity, now, series_number, "Classifier report", uids)
+
+
+def _code(coded: Coded) -> Code:
+    return Code(coded.value, coded.scheme, coded.meaning)
 
 
 def retraction(

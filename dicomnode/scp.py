@@ -64,6 +64,10 @@ class LibraryService(Protocol):
     @property
     def handlers(self) -> list[Any]: ...
 
+    @property
+    def reports(self) -> bool:
+        """Does its SCP call us, to report (PS3.7 D.3.3.4: role selection)?"""
+
 
 @dataclass(slots=True)
 class _Open:
@@ -281,10 +285,12 @@ class StorageScp:
             (evt.EVT_ABORTED, self._on_aborted),
             (evt.EVT_CONN_CLOSE, self._on_aborted),
         ]
+        reporting = {uid for service in services if service.reports for uid in service.contexts}
         for service in services:
             handlers += service.handlers
             for abstract_syntax in service.contexts:
-                entity.add_supported_context(abstract_syntax)
+                both = True if abstract_syntax in reporting else None  # may the caller be the SCP?
+                entity.add_supported_context(abstract_syntax, scu_role=both, scp_role=both)
         entity.add_supported_context("1.2.840.10008.1.1")
         return Library(entity, handlers, limits)
 
@@ -387,8 +393,8 @@ def read_arrival_header(path: Path) -> Dataset:
     """
     header = read_header(path, _ARRIVAL_TAGS)
     try:
-        for tag in _ARRIVAL_TAGS:
-            header.get(tag)  # values are parsed on access
+        for _ in header:
+            pass  # values are parsed on access
     except MALFORMED as error:
         raise CannotUnderstand("the data set cannot be parsed") from error
     return header

@@ -175,8 +175,14 @@ def _where(address: Address) -> str:
 class Associated:
     """An association of pynetdicom for the length of a block, for what is not Storage."""
 
-    def __init__(self, address: Address, contexts: Sequence[tuple[str, str]]) -> None:
-        self._address, self._contexts = address, contexts
+    def __init__(
+        self,
+        address: Address,
+        contexts: Sequence[tuple[str, str]],
+        handlers: Sequence[Any] = (),
+    ) -> None:
+        """`handlers`: pynetdicom's, for what the peer asks on this association."""
+        self._address, self._contexts, self._handlers = address, contexts, handlers
 
     def __enter__(self) -> Association:
         entity = AE(self._address.calling_ae)
@@ -185,6 +191,7 @@ class Associated:
         for sop_class, transfer_syntax in self._contexts:
             entity.add_requested_context(sop_class, transfer_syntax)
         handlers: list[Any] = [(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_PDU_SENT, _quick_ack)]
+        handlers += self._handlers
         address = self._address
         self._association = entity.associate(
             address.host,

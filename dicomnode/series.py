@@ -21,7 +21,7 @@ from pydicom.tag import BaseTag
 
 from dicomnode.config import SeriesSection
 from dicomnode.errors import CannotUnderstand
-from dicomnode.imaging.volume import SAME_DIRECTION, stack_from_positions
+from dicomnode.imaging.positions import SAME_DIRECTION, stack_from_positions
 from dicomnode.journal import OpenSeries
 from dicomnode.part10 import MALFORMED, read_header
 

@@ -18,6 +18,8 @@ from dicomnode.errors import CannotUnderstand, OutOfResources
 
 _UID = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
 _PREAMBLE = 132
+DRAFTS = ".draft-"
+"""How the names of folders under results begin in which a series is not finished."""
 
 
 def checked_uid(value: object, what: str) -> str:
@@ -62,6 +64,12 @@ class Spool:
             folder.mkdir(parents=True, exist_ok=True)
         for part in self.results.glob("*/*.part"):
             part.unlink(missing_ok=True)
+        self.remove_drafts()
+
+    def remove_drafts(self) -> None:
+        """Remove what a worker that is gone was writing; nobody may be writing now."""
+        for draft in self.results.glob(f"{DRAFTS}*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def leftovers(self) -> Iterator[tuple[Path, bool]]:
         """What an earlier run was receiving, and whether it had been kept already.

@@ -20,7 +20,7 @@ from dicomnode.jobs import Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event
 from dicomnode.migrations import SCHEMA_VERSION, version_of
-from dicomnode.retention import purge
+from dicomnode.retention import Rules, purge
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
 from tests.factories import ct_series, write_series
@@ -39,7 +39,7 @@ from tests.test_walk import series_uid
 
 OLD = 1e9
 """Seconds after which nothing is kept."""
-RULES = RetentionSection(received_hours=24, results_hours=24)
+RULES = Rules(RetentionSection(received_hours=24, results_hours=24))
 
 
 class Data:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicomnode.cli import main
 from dicomnode.config import json_schema
+from dicomnode.imaging.manifest import Bounds, Range, manifest_from_yaml
+from dicomnode.imaging.package import write_package
 from dicomnode.imaging.volume import volume_from_datasets
 from dicomnode.jobs import Jobs
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event
+from dicomnode.serving import Serving, tell
 from dicomnode.tables import Database
+from tests.classifiers import brightness
 from tests.factories import NAMES, changed, ct_series, localizer, write_series
-from tests.peers import ROOT, free_port, running_node, wait_for
+from tests.peers import ROOT, free_port, identity_package, running_node, wait_for
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -235,7 +240,8 @@ def test_explain_names_every_stack_and_the_rule_that_found_it(site: Path, run: R
     series = _two_kernels()
     write_series([*series, localizer(series[0])], site / "in")
     _, out, _ = run("explain", site / "in")
-    assert out.splitlines()[1:4] == [
+    shown = [line for line in out.splitlines()[1:] if not line.startswith("    ")]
+    assert shown[:3] == [
         "  stack (ConvolutionKernel SOFT): 5 CT slices, 2.5 mm apart",
         "  stack (ConvolutionKernel BONE): 4 CT slices, 2.5 mm apart",
         "  set aside as LOCALIZER: 1",
@@ -246,6 +252,42 @@ def test_explain_names_every_stack_and_the_rule_that_found_it(site: Path, run: R
         ("ConvolutionKernel BONE", 4),
     ]
     assert one["ignored"] == {"LOCALIZER": 1}
+
+
+def test_explain_says_what_the_model_of_a_route_would_refuse(site: Path, run: Run) -> None:
+    settings = yaml.safe_load((site / "config.yaml").read_text())
+    kept = identity_package(site / "models")
+    manifest = manifest_from_yaml((kept / "manifest.yaml").read_bytes())
+    within = Bounds(
+        ("CT",), slices=Range(2), rows=Range(64), exclude={"ConvolutionKernel": ("B7*",)}
+    )
+    golden = np.zeros((1, 16, 16), np.float32)
+    write_package(
+        site / "models" / "narrow", replace(manifest, name="narrow", bounds=within), {}, golden, "#"
+    )
+    settings["models_dir"] = "models"
+    (route,) = settings["routes"]
+    settings["routes"] = [{**route, "name": name, "model": name} for name in ("identity", "narrow")]
+    (site / "config.yaml").write_text(yaml.safe_dump(settings))
+    series = ct_series(3, 32, 32, BodyPartExamined="CHEST")
+    write_series(series, site / "in")
+    _, out, _ = run("explain", site / "in")
+    assert "the model of route 'identity': may take it; pixels not looked at" in out
+    refused = "the model of route 'narrow': would be refused: OUT_OF_BOUNDS: model narrow 1.0.0"
+    assert refused in out
+    assert "rows is 32, allowed 64 to any" in out
+    (one,) = json.loads(run("explain", "--json", site / "in")[1])
+    (stack,) = one["stacks"]
+    assert stack["models"]["identity"] == ""
+    assert stack["models"]["narrow"].startswith("OUT_OF_BOUNDS")
+    for change, code in (
+        ({"LossyImageCompression": "01"}, "LOSSY"),
+        ({"BurnedInAnnotation": "YES"}, "BURNED_IN"),
+    ):
+        write_series(changed(ct_series(3, BodyPartExamined="CHEST"), **change), site / "in")
+        assert f"'identity': would be refused: {code}: " in run("explain", site / "in")[1]
+    write_series(ct_series(1, BodyPartExamined="CHEST"), site / "one")
+    assert "would be refused: SINGLE_SLICE: " in run("explain", site / "one")[1]
 
 
 def test_explain_says_why_there_is_no_stack(site: Path, run: Run) -> None:
@@ -370,6 +412,22 @@ def test_an_unknown_model_is_named(site: Path, run: Run) -> None:
 # models
 
 
+def test_a_classifier_is_listed_and_verified_and_translates_nothing(run: Run, site: Path) -> None:
+    settings = yaml.safe_load((site / "config.yaml").read_text())
+    brightness(site / "models")
+    settings["models_dir"] = "models"
+    (site / "config.yaml").write_text(yaml.safe_dump(settings))
+    code, out, _ = run("models", "verify")
+    assert (code, out) == (0, "brightness 1.0.0: passed on cpu: torch, fp32 on cpu\n")
+    (listed,) = json.loads(run("models", "list", "--json")[1])
+    assert (listed["task"], listed["architecture"]) == ("classify", "brightness")
+    assert run("models", "bench") == (0, "\n", "")
+    for action in ("bench", "export-monai"):
+        code, _, err = run("models", action, "brightness")
+        assert code == 1
+        assert "brightness is a classifier; name another package" in err
+
+
 def test_models_are_listed_and_verified(run: Run) -> None:
     code, out, _ = run("models", "list")
     assert code == 0
@@ -419,6 +477,10 @@ def test_status_tells_the_queue_and_a_series(site: Path, run: Run) -> None:
     assert json.loads(run("status", "--json", "1.2.3")[1])["jobs"][0]["state"] == "failed"
     assert json.loads(run("status", "--json")[1])["counts"]["jobs"] == {"failed": 1}
     assert run("status", "9.9")[::2] == (1, "dicomnode status: no series 9.9 was received\n")
+    tell(site / "data", {"m": Serving("torch 2", "bf16", "cpu", "0.1 HU")}, {})
+    line = "model m: torch 2, bf16 on cpu; self-test: 0.1 HU"
+    assert run("status")[1].splitlines()[0] == line
+    assert json.loads(run("status", "--json")[1])["models"]["m"]["precision"] == "bf16"
 
 
 def test_a_failed_job_can_be_retried_and_then_given_up(site: Path, run: Run) -> None:

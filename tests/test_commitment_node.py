@@ -1,4 +1,4 @@
-"""The whole node as Storage Commitment and MPPS SCP: Orthanc stores, asks, and believes."""
+"""The whole node with Orthanc: each commits what the other one stored; MPPS."""
 
 import json
 import urllib.request
@@ -128,3 +128,51 @@ def test_a_completed_step_ends_the_waiting_for_its_series(tmp_path: Path, models
         assert send(STORESCU, files[-1], node.port).returncode == 0
         settled = node.wait_settled(series, 20)
     assert "complete: all announced instances are here (MPPS completed)" in str(settled)
+
+
+def committing(models: Path, archive: Archive) -> dict[str, Any]:
+    """Settings under which Orthanc gets every CT series, and is to commit the results."""
+    settings = node_settings(models, [archive])
+    settings["peers"]["orthanc"]["storage_commitment"] = True
+    return settings
+
+
+def commitment(node: Node, series: str) -> dict[str, Any]:
+    """What became of the commitment of the one delivery of a series."""
+    (job,) = node.status(series)["jobs"]
+    (delivery,) = job["deliveries"]
+    asked: dict[str, Any] = delivery["commitment"] or {"state": None}
+    return asked
+
+
+def introduce(archive: Archive, node: Node) -> None:
+    """Orthanc learns where the node listens: it reports on an association of its own."""
+    address = {"AET": "DICOMNODE", "Host": "127.0.0.1", "Port": node.port}
+    call(archive, "PUT", "modalities/node", address)
+
+
+@needs(STORESCU)
+def test_orthanc_commits_once_though_the_node_was_killed_after_it_had_asked(
+    tmp_path: Path, models_dir: Path, archive: Archive
+) -> None:
+    """Orthanc cannot report: it does not know the node. After kill -9 it does."""
+    files = sorted(write_series(ct_series(4, 32, 32), tmp_path / "source"))
+    series = series_uid(files)
+    with running_node(tmp_path / "node", committing(models_dir, archive)) as node:
+        assert send(STORESCU, files, node.port).returncode == 0
+        node.wait_settled(series)
+        wait_for(
+            lambda: commitment(node, series)["state"] in ("asked", "asking"), "it is asked", 40
+        )
+        wait_for(lambda: "asking orthanc to commit" in node.log, "the request", 40)
+        node.kill()
+        introduce(archive, node)
+        node.start()
+        wait_for(lambda: commitment(node, series)["state"] == "committed", "Orthanc's report", 60)
+        said = node.run("status", series).stdout
+        assert "delivered, 4 of 4 accepted; committed" in said
+        assert said.count("commitment of delivery 1 by orthanc committed: 4 instances") == 1
+        assert "commitment requests: 1 committed" in node.run("status").stdout
+        assert 'dicomnode_commitment_requests{state="committed"} 1.0' in node.get("metrics")[1]
+        assert node.stop() == 0
+    assert len(archive.get("instances")) == 4

@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
 from dicomnode import sop_classes
-from dicomnode.companions import CompanionOptions, companion_number, companions, header_of
+from dicomnode.companions import CompanionOptions, companions, header_of
 from dicomnode.config import Companions, Route
 from dicomnode.derived import OutputOptions
 from dicomnode.errors import DeliveryRefused, SeriesRefused
@@ -30,9 +30,11 @@ from dicomnode.orders import Order
 from dicomnode.outputs import OUTPUTS
 from dicomnode.provenance import Identity
 from dicomnode.qa import Finding
-from dicomnode.report import CLASSES, classifier_report, qa_report, retraction
+from dicomnode.report import classifier_report, qa_report, retraction
 from dicomnode.scu import Address, send_instances
-from dicomnode.worker import load_models, translate
+from dicomnode.translating import translate
+from dicomnode.worker import load_models
+from tests.classifiers import BRIGHTNESS
 from tests.factories import CANARY, NAMES, changed, ct_series, file_bytes, write_series
 from tests.judges import (
     DCENTVFY,
@@ -68,13 +70,23 @@ FINDINGS = [
     Finding("mean_abs_change", 2.5, None, True),
     Finding("clipped_fraction", 0.0125, 0.02, True),
 ]
-PROBABILITIES = dict(zip(CLASSES, (0.7, 0.1, 0.15, 0.05), strict=True))
+PROBABILITIES = (0.7, 0.1, 0.15, 0.05)
 
 
 def headers(series: Sequence[Dataset], identity: Identity = DENOISER) -> list[Dataset]:
     """Of what is derived of a CT series, as the worker keeps them."""
     _, _, derived = derive(list(series), 0.25, identity)
     return [header_of(ds) for ds in derived]
+
+
+def classified(
+    images: Sequence[Dataset],
+    probabilities: Sequence[float],
+    identity: Identity = DENOISER,
+    now: datetime = NOW,
+) -> Dataset:
+    """The report of the four classes of lung tissue."""
+    return classifier_report(images, BRIGHTNESS, probabilities, identity, now, series_number=1007)
 
 
 def every_companion(
@@ -85,7 +97,7 @@ def every_companion(
         "window": presentation_state(derived, identity, now, series_number=1005),
         "label": presentation_state(derived, identity, now, series_number=1005, window=False),
         "qa": qa_report(derived, FINDINGS, identity, now, series_number=1006),
-        "class": classifier_report(derived, PROBABILITIES, identity, now, series_number=1007),
+        "class": classified(derived, PROBABILITIES, identity, now),
         "quality": retraction(derived, identity, now, series_number=1013),
         "safety": retraction(derived, identity, now, series_number=1013, reason="safety"),
     }
@@ -378,16 +390,13 @@ def test_the_classifier_reports_four_codes_with_their_probabilities() -> None:
     named = {e.value for e in report.iterall() if e.keyword == "ReferencedSOPInstanceUID"}
     assert named == {ds.SOPInstanceUID for ds in derived}  # so that the chain is visible
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
-    other = classifier_report(
-        derived, PROBABILITIES, replace(DENOISER, digest="cd" * 32), NOW, series_number=7
-    )
-    likely = {**PROBABILITIES, "normal": 0.04, "adenocarcinoma": 0.71}
-    again = classifier_report(derived, likely, DENOISER, NOW, series_number=7)
+    other = classified(derived, PROBABILITIES, replace(DENOISER, digest="cd" * 32))
+    again = classified(derived, (0.71, 0.1, 0.15, 0.04))
     assert len({ds.SOPInstanceUID for ds in (report, other, again)}) == 3
 
 
 def test_a_report_on_acquired_images_does_not_call_them_synthetic() -> None:
-    report = classifier_report(ct_series(2), PROBABILITIES, DENOISER, NOW, series_number=7)
+    report = classified(ct_series(2), PROBABILITIES)
     assert "SyntheticData" not in report
     assert is_synthetic(report)  # by its maker: still no source
 
@@ -395,15 +404,17 @@ def test_a_report_on_acquired_images_does_not_call_them_synthetic() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {**PROBABILITIES, "normal": 0.5},
-        {**PROBABILITIES, "normal": -0.05, "adenocarcinoma": 0.8},
-        {**PROBABILITIES, "normal": float("nan")},
-        {"normal": 1.0},
+        (0.7, 0.1, 0.15, 0.5),
+        (0.8, 0.1, 0.15, -0.05),
+        (0.7, 0.1, 0.15, float("nan")),
+        (1.0,),
     ],
 )
-def test_what_are_not_probabilities_of_the_classes_is_not_reported(given: dict[str, float]) -> None:
+def test_what_are_not_probabilities_of_the_classes_is_not_reported(
+    given: tuple[float, ...],
+) -> None:
     with pytest.raises(ValueError, match="probabilit"):
-        classifier_report(headers(ct_series(2)), given, DENOISER, NOW, series_number=7)
+        classified(headers(ct_series(2)), given)
 
 
 # --- retraction ---------------------------------------------------------------------------------
@@ -458,9 +469,9 @@ def test_a_retraction_is_of_one_study() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (CompanionOptions(), [("PR", 1005), ("SR", 1006)]),
-        (CompanionOptions(gsps="label", report=False), [("PR", 1005)]),
-        (CompanionOptions(gsps="none"), [("SR", 1006)]),
+        (CompanionOptions(), [("PR", 10040001), ("SR", 10040002)]),
+        (CompanionOptions(gsps="label", report=False), [("PR", 10040001)]),
+        (CompanionOptions(gsps="none"), [("SR", 10040002)]),
         (CompanionOptions(gsps="none", report=False), []),
     ],
 )
@@ -507,13 +518,6 @@ def test_the_worker_makes_what_the_route_says(
     assert sorted(ds.Modality for ds in made) == modalities
     assert {ds.SOPInstanceUID for ds in made} == {uid for uid, _ in series.files()}
     assert {ds.get("BurnedInAnnotation") for ds in made if "PixelData" in ds} == {label}
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"), [(1004, 1006), (None, 2), (2**31 - 1, 2), (2**31 - 3, 2**31 - 1)]
-)
-def test_the_number_of_a_companion_is_an_integer_string(number: Any, expected: int) -> None:
-    assert companion_number(number, 2) == expected
 
 
 def test_a_header_is_the_instance_without_its_pixels() -> None:

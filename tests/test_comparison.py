@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import CTImageStorage, generate_uid
 
 from dicomnode.comparison import compare, write_picture
 from dicomnode.errors import DicomNodeError
-from tests.factories import ct_series
+from tests.factories import ct_series, mr_series, pet_series
 
 SLICES = 4
 
@@ -44,8 +44,8 @@ def derived(source: list[Dataset]) -> list[Dataset]:
 def test_what_was_added_is_what_is_measured(source: list[Dataset], derived: list[Dataset]) -> None:
     comparison = compare(source, derived)
     slope = float(source[0].RescaleSlope)
-    assert comparison.mean_change_hu == pytest.approx(10 * slope)
-    assert comparison.mean_absolute_change_hu == pytest.approx(10 * slope)
+    assert comparison.mean_change == pytest.approx(10 * slope)
+    assert comparison.mean_absolute_change == pytest.approx(10 * slope)
     assert comparison.noise_before_hu == pytest.approx(comparison.noise_after_hu)
     assert comparison.noise_before_hu > 0
     assert comparison.model == "add-ten 1.0.0"
@@ -121,3 +121,36 @@ def test_the_picture_shows_three_panels_and_marks_the_result(
     assert thirds[0] == thirds[2] == 0
     middle = pixels[pixels.shape[0] // 3]
     assert len(np.unique(middle[: middle.shape[0] // 3, 0])) > 5  # an image, not a blank
+
+
+def _made_of(original: Dataset, series_uid: str, **attributes: object) -> Dataset:
+    result = copy.deepcopy(original)
+    item = Dataset()
+    item.ReferencedSOPInstanceUID = original.SOPInstanceUID
+    result.SourceImageSequence = [item]
+    result.SOPInstanceUID, result.SeriesInstanceUID = generate_uid(), series_uid
+    result.SyntheticData, result.SoftwareVersions = "YES", ["0.1.0", "made 1.0.0"]
+    for keyword, value in attributes.items():
+        setattr(result, keyword, value)
+    return result
+
+
+def test_ct_of_mr_has_no_difference_but_is_shown_in_turn(tmp_path: Path) -> None:
+    mr, uid = mr_series(SLICES, 64, 64), generate_uid()
+    slope = {"RescaleSlope": "1", "RescaleIntercept": "-1024"}
+    ct = [_made_of(one, uid, Modality="CT", SOPClassUID=CTImageStorage, **slope) for one in mr]
+    comparison = compare(mr, ct)
+    assert np.isnan(comparison.mean_change)
+    assert "went from AU to HU" in comparison.sentences()[-1]
+    write_picture(comparison, tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").width > 1000
+
+
+def test_pet_is_compared_in_suv() -> None:
+    pet, uid = pet_series(SLICES, 32, 32), generate_uid()
+    doubled = [_made_of(one, uid, RescaleSlope=str(2 * float(one.RescaleSlope))) for one in pet]
+    comparison = compare(pet, doubled)
+    assert comparison.source.unit == "SUV"
+    before = comparison.source.voxels
+    assert comparison.mean_change == pytest.approx(before[before > 0.2].mean(), rel=1e-4)
+    assert "in the body the SUV changed by" in comparison.sentences()[-1]

@@ -118,6 +118,14 @@ WRONG: list[tuple[Any, str]] = [
     (_with_route(match={"Modality": {"regex": 1}}), "routes[0].match.Modality.regex: not a reg"),
     ({"peers": PEERS, "routes": [ROUTE, ROUTE]}, "routes: two are named 'r'"),
     (
+        {"peers": {"a": {"ae_title": "A", "storage_commitment": True}}},
+        "peers.a.storage_commitment: needs a host and a port",
+    ),
+    (
+        {"retention": {"watermark_free_gb": 5}},
+        "retention.watermark_free_gb: must be above node.reserve_free_gb (5), or 0",
+    ),
+    (
         {"peers": {"pacs": {"ae_title": "O", "host": "10.0.0.0/8", "port": 1}}, "routes": [ROUTE]},
         "routes[0].send_to: peer 'pacs' needs a host and a port",
     ),
@@ -146,7 +154,6 @@ def test_all_problems_are_told_at_once() -> None:
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"node": {"journal": "postgresql://h/d"}}, "node.journal"),
-    ({"peers": {"a": {"ae_title": "A", "storage_commitment": True}}}, "peers.a.storage_commitment"),
     ({"peers": {"a": {"dicomweb": "https://a/b"}}}, "peers.a.dicomweb"),
     ({"engine": {"ray": {"address": "auto"}}}, "engine"),
 ]

@@ -49,7 +49,7 @@ def test_every_code_of_a_refusal_is_explained_with_a_remedy() -> None:
 
 
 def test_every_way_a_job_fails_is_explained() -> None:
-    names = ("jobs.py", "node.py", "worker.py")
+    names = ("dispatch.py", "jobs.py", "node.py", "translating.py", "worker.py")
     texts = [(ROOT / "dicomnode" / name).read_text("utf-8") for name in names]
     used = {word for word in words_in_capitals(texts) if "_" in word}
     assert used == set(column("failures"))

@@ -75,7 +75,10 @@ def test_the_demo_shows_and_checks_a_derived_series(config: Path, hospital: sock
     assert len(derived) == len(list((out / "source").glob("*.dcm"))) == 24
     assert {(d.SyntheticData, d.SeriesNumber) for d in derived} == {("YES", 1002)}
     beside = [pydicom.dcmread(path) for path in sorted((out / "companions").glob("*.dcm"))]
-    assert sorted((d.Modality, d.SeriesNumber) for d in beside) == [("PR", 1003), ("SR", 1004)]
+    assert sorted((d.Modality, d.SeriesNumber) for d in beside) == [
+        ("PR", 10020001),
+        ("SR", 10020002),
+    ]
     assert "came Comprehensive SR and Grayscale Softcopy Presentation State" in printed
     assert Image.open(out / "before-after.png").width > 1000
     assert "timeline" in printed

@@ -5,6 +5,7 @@ The data folder is a small tmpfs of its own, which takes root.
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import threading
@@ -17,7 +18,13 @@ from pydicom import Dataset
 from sqlalchemy import select
 
 from dicomnode import tables as t
+from dicomnode.audit import storage_faults
+from dicomnode.config import config_from_mapping
 from dicomnode.errors import JournalBusy
+from dicomnode.journal import Journal
+from dicomnode.scp import StorageScp
+from dicomnode.series import Carriers
+from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from tests import hostile
 from tests.factories import ct_series
@@ -287,3 +294,29 @@ def test_a_job_is_done_only_with_the_last_of_two_deliveries(
             assert settled["jobs"][0]["state"] == "done"
             assert deliveries() == ["delivered", "delivered"]
             assert len(_derived(late)) == len(_derived(archive)) == 3
+
+
+def test_a_journal_that_was_deleted_or_replaced_is_refused_and_told(tmp_path: Path) -> None:
+    """SQLite would go on in the deleted file, and every promise would be gone with the process."""
+    node = {"data_dir": str(tmp_path), "bind": "127.0.0.1", "port": 0, "reserve_free_gb": 0}
+    peers = {"wire": {"ae_title": "WIRE", "host": "127.0.0.1"}}
+    config = config_from_mapping({"node": node, "peers": peers}, tmp_path)
+    spool, file = Spool(tmp_path), tmp_path / "journal.db"
+    spool.prepare()
+    database, series = Database(file), ct_series(4)
+    scp = StorageScp(config, spool, Journal(database), Carriers(), ())
+    scp.start()
+    try:
+        assert stored(scp.port, series[:1]) == [0]
+        file.rename(tmp_path / "away")
+        assert stored(scp.port, series[:2]) == [OUT_OF_RESOURCES] * 2
+        said = database.trouble()
+        shutil.copy(tmp_path / "away", file)
+        assert stored(scp.port, series[1:2]) == [OUT_OF_RESOURCES]
+        (tmp_path / "away").replace(file)
+        assert stored(scp.port, series) == [0] * 4
+    finally:
+        scp.drain(5)
+    assert said == "journal.db was deleted or replaced while it was in use; put it back"
+    assert database.trouble() == ""
+    assert list(storage_faults(database, spool)) == [4]

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from dicomnode.errors import PackageError
+from dicomnode.errors import OutOfMemory, PackageError
 from dicomnode.imaging.engines import (
     EngineError,
     FormStore,
     OpenVinoEngine,
     TorchEngine,
+    WithinMemory,
     hardware,
     installed,
 )
 from dicomnode.imaging.engines.subpixel import without_transposed
-from dicomnode.imaging.engines.torch_engine import run_halving
 from dicomnode.imaging.inference import load_model, predict
 from dicomnode.imaging.manifest import Acceptance, GeneratorSpec, Manifest, Padding, Tiling
-from dicomnode.imaging.networks import Generator, build_generator
+from dicomnode.imaging.networks import Generator, build_generator, run_tiled
 from dicomnode.imaging.package import ModelPackage, read_package
 from tests.peers import identity_package
 from tests.test_inference import volume
@@ -37,8 +37,8 @@ BF16 = {"bf16": Acceptance(mean_abs=1.0, p999_abs=10.0)}
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A processor with bf16 instructions, whatever the one here has."""
-    _give(monkeypatch, "avx512_bf16")
+    """A processor with AMX, whatever the one here has."""
+    _give(monkeypatch, "amx_bf16", "amx_int8")
     return monkeypatch
 
 
@@ -129,6 +129,7 @@ def test_an_identity_package_is_exact_in_bf16(tmp_path: Path, processor: object)
         ("resnet", {"width": 4, "blocks": 1}),
         ("unet_128", {"width": 2, "norm": "batch"}),
         ("gan_circle", {"width": 16, "stride": 2}),
+        ("red_cnn", {"width": 4}),
     ],
 )
 def test_a_transposed_convolution_is_a_convolution_and_a_shuffle(
@@ -143,25 +144,77 @@ def test_a_transposed_convolution_is_a_convolution_and_a_shuffle(
     assert torch.nn.ConvTranspose2d not in kinds
 
 
-@pytest.mark.parametrize(("count", "halved"), [(2, 0), (3, 1), (7, 3)])
-def test_out_of_memory_halves_the_batch_and_goes_on(count: int, halved: int) -> None:
-    def at_most_two(x: np.ndarray) -> np.ndarray:
+TILED = [
+    ("residual_denoiser", {"width": 8, "blocks": 1}),
+    ("unshuffle_resnet", {"width": 16, "blocks": 1}),
+    ("resnet", {"width": 8, "blocks": 1, "norm": "none"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), ENGINES)
+@pytest.mark.parametrize(("architecture", "options"), TILED)
+def test_tiles_give_the_bits_of_the_whole_slice(
+    kind: str, precision: str, architecture: str, options: dict[str, object]
+) -> None:
+    generator = trained(architecture, options)
+    assert generator.tiles_exactly
+    overlap = -(-generator.receptive_field // 8) * 8
+    engine = _engine(kind, precision, generator)
+    x = np.random.default_rng(2).normal(0, 0.3, (1, 1, 264, 392)).astype(np.float32)
+    tiled = run_tiled(engine.run, (overlap, 256, generator.multiple), x)
+    np.testing.assert_array_equal(tiled, engine.run(x))
+
+
+class _Small:
+    """An engine with room for two slices."""
+
+    name, precision = "small", "fp32"
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def batch(self, rows: int, columns: int) -> int:
+        return 8
+
+    def run(self, x: np.ndarray) -> np.ndarray:
         if len(x) > 2:
-            raise torch.OutOfMemoryError("too many")
+            raise self._error
         return x + 1
 
+
+@pytest.mark.parametrize(("count", "halved", "then"), [(2, 0, 8), (3, 1, 2), (7, 2, 2), (8, 2, 2)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=["cuda", "python", "torch", "openvino"],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    count: int, halved: int, then: int, error: Exception
+) -> None:
+    fitting = WithinMemory(_Small(error))  # type: ignore[arg-type]
     x = slices(count, 8)
-    result, times = run_halving(at_most_two, x)
-    np.testing.assert_array_equal(result, x + 1)
-    assert times == halved
+    np.testing.assert_array_equal(fitting.run(x), x + 1)
+    assert fitting.halved == halved
+    assert fitting.batch(8, 8) == then  # what did not fit is not tried again
 
 
 def test_one_slice_that_does_not_fit_is_an_error() -> None:
-    def never(x: np.ndarray) -> np.ndarray:
-        raise torch.OutOfMemoryError("too many")
+    class Never(_Small):
+        def run(self, x: np.ndarray) -> np.ndarray:
+            raise self._error
 
-    with pytest.raises(torch.OutOfMemoryError):
-        run_halving(never, slices(4, 8))
+    with pytest.raises(OutOfMemory, match="not even one slice"):
+        WithinMemory(Never(MemoryError())).run(slices(4, 8))  # type: ignore[arg-type]
+
+
+def test_another_error_is_not_taken_for_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        WithinMemory(_Small(RuntimeError("shapes differ"))).run(slices(4, 8))  # type: ignore[arg-type]
 
 
 @needs_openvino
@@ -369,6 +422,14 @@ def test_what_a_processor_runs_well(tmp_path: Path, lines: str, precision: str, 
     assert hardware.runs_well(precision, hardware.cpu_features(tmp_path / "cpuinfo")) == well
 
 
+@pytest.mark.parametrize(
+    ("precision", "engines"),
+    [("fp32", ("openvino", "torch")), ("bf16", ("openvino", "torch")), ("int8", ("openvino",))],
+)
+def test_openvino_is_tried_before_torch(precision: str, engines: tuple[str, ...]) -> None:
+    assert hardware.engines_for(precision) == engines
+
+
 def test_a_machine_without_cpuinfo_has_no_features(tmp_path: Path) -> None:
     assert hardware.cpu_features(tmp_path / "none") == frozenset()
 
@@ -377,7 +438,7 @@ def test_a_machine_without_cpuinfo_has_no_features(tmp_path: Path) -> None:
 def test_a_number_format_that_an_engine_does_not_run_is_refused(
     engine: str, precision: str
 ) -> None:
-    with pytest.raises(EngineError, match="does not run int8"):
+    with pytest.raises(EngineError, match=r"does not run int8|int8: not convolutions.*none at all"):
         _engine(engine, precision, build_generator("identity", {}))
 
 
@@ -393,6 +454,7 @@ def test_no_promise_of_a_manifest_about_its_generator_is_taken_on_trust(tmp_path
             DENOISER, generator=resnet, input=replace(multiple, slices=3), tiling=Tiling()
         ),
         r"tiling\.overlap": replace(DENOISER, tiling=Tiling(True, 8)),
+        r"tiling: a tile of red_cnn": replace(DENOISER, generator=GeneratorSpec("red_cnn", {})),
     }
     for number, (reason, manifest) in enumerate(wrong.items()):
         with pytest.raises(PackageError, match=reason):

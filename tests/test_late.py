@@ -271,7 +271,7 @@ def test_each_stack_of_a_series_becomes_a_derived_series_of_its_own(
     assert (len(small), len(large)) == (4, 5)
     assert {ds.ConvolutionKernel for ds in small} == {"BONE"}
     assert {ds.ConvolutionKernel for ds in large} == {"STANDARD"}
-    assert small[0].SeriesNumber == large[0].SeriesNumber + 10
+    assert small[0].SeriesNumber == 10000 * large[0].SeriesNumber + 10
     assert "BONE" in small[0].SeriesDescription
     assert "STANDARD" in large[0].SeriesDescription
     assert len({series[0].SeriesNumber for series in found.values()}) == len(found) == 6

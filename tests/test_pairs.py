@@ -242,7 +242,8 @@ def test_slices_with_the_same_pixels_count_once(root: Path, tmp_path: Path) -> N
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((root / "P0" / f"{name}.nii.gz").read_bytes())
     found = find_images(images_of(copy, tmp_path))
-    assert found.left_out == {"DUPLICATE_PIXELS": 4}
+    assert found.left_out == {"DUPLICATE_OF_ANOTHER": 4}
+    assert "4 slices left out are those of another patient" in found.warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The generated chest is a CT series that scanners could have made, and nobody's."""
 
 import math
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from pydicom import Dataset
 from dicomnode.imaging.anatomy import chest
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.phantom import phantom_heights, phantom_series, phantom_volume
+from dicomnode.imaging.phantoms import early_pet, thigh_ct, thigh_mr
+from dicomnode.imaging.units import Unit
 from dicomnode.imaging.volume import volume_from_datasets
 from tests import judges
 
@@ -101,3 +105,27 @@ def test_foreign_validators_find_nothing(series: list[Dataset], tmp_path: Path) 
         dataset.save_as(files[-1], enforce_file_format=True)
     assert judges.dciodvfy(files) == set()
     assert judges.entity_findings([], files) == []
+
+
+@pytest.mark.parametrize("drawn", [thigh_ct, thigh_mr, early_pet])
+def test_further_phantoms_are_valid_and_made_again_from_their_seed(
+    drawn: Callable[[int], list[Dataset]], tmp_path: Path
+) -> None:
+    series, again, other = drawn(1), drawn(1), drawn(2)
+    assert [one.PixelData for one in series] == [one.PixelData for one in again]
+    assert series[5].SOPInstanceUID == again[5].SOPInstanceUID != other[5].SOPInstanceUID
+    assert len({one.SOPInstanceUID for one in series}) == len(series)
+    units: dict[str, Unit] = {"CT": "HU", "MR": "AU", "PT": "SUV"}
+    unit = units[series[0].Modality]
+    volume, _ = volume_from_datasets(series, unit)
+    assert 0.1 < (volume.voxels > 0.15 if unit == "SUV" else volume.voxels > 30).mean() < 0.6
+    if not Path("/usr/bin/dciodvfy").exists():
+        pytest.skip("dicom3tools is not installed")
+    series[7].save_as(tmp_path / "one.dcm", enforce_file_format=True)
+    said = subprocess.run(
+        ["/usr/bin/dciodvfy", str(tmp_path / "one.dcm")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    assert "Error" not in said

@@ -23,7 +23,7 @@ from dicomnode.qa import (
     findings_as_data,
     observations,
 )
-from tests.factories import ct_series
+from tests.factories import ct_series, pet_series
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,28 @@ def test_one_instance_without_a_required_value_refuses_the_series(package: Model
     del datasets[3].BodyPartExamined
     with pytest.raises(SeriesRefused, match="BodyPartExamined is not one of"):
         check_bounds(volume, datasets, required)
+
+
+@pytest.mark.parametrize(
+    ("series", "what"),
+    [
+        ({}, None),
+        ({"tracer": {"RadiopharmaceuticalStartTime": "100200.00"}}, "acquired 18 minutes"),
+        ({"AcquisitionTime": "103500"}, "acquired 75 minutes"),
+        ({"tracer": {"RadiopharmaceuticalStartTime": None}}, "not known"),
+    ],
+)
+def test_pet_of_another_time_after_injection_is_out_of_bounds(
+    package: ModelPackage, series: dict[str, Any], what: str | None
+) -> None:
+    volume, datasets = volume_from_datasets(pet_series(3, **series), "BQML")
+    allowed = Bounds(("PT",), minutes_after_injection=Range(50, 70))
+    if what is None:
+        check_bounds(volume, datasets, _with(package, bounds=allowed))
+        return
+    with pytest.raises(SeriesRefused, match=what) as refusal:
+        check_bounds(volume, datasets, _with(package, bounds=allowed))
+    assert refusal.value.code == "OUT_OF_BOUNDS"
 
 
 def test_an_absent_thickness_is_not_out_of_bounds(package: ModelPackage) -> None:
@@ -221,7 +243,7 @@ def test_a_limit_on_what_is_not_measured_is_refused(package: ModelPackage) -> No
 
 def test_a_change_between_two_units_is_neither_measured_nor_limited(package: ModelPackage) -> None:
     made = dataclasses.replace(package.manifest.output, unit="AU", residual=False)
-    other = _with(package, output=made, qa={"max_clipped_fraction": 0.5})
+    other = _with(package, output=made, task="ce_ct", qa={"max_clipped_fraction": 0.5})
     source = _body()
     assert set(_assessed(other, source, source.voxels)) == {"finite", "clipped_fraction"}
     with pytest.raises(PackageError, match="nothing measures max_mean_change"):

@@ -1,6 +1,7 @@
 """Deleting what is old, and never what somebody may still need."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from dicomnode.history import History
 from dicomnode.jobs import Job, Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event, State
-from dicomnode.retention import purge
+from dicomnode.promises import Promises
+from dicomnode.retention import Rules, make_room, purge
 from dicomnode.scp import StorageScp
 from dicomnode.scu import Address, send_instances
 from dicomnode.series import Carriers
@@ -24,7 +26,7 @@ from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions
 from tests.factories import ct_series, write_series
 
-RULES = RetentionSection(received_hours=24, results_hours=168)
+RULES = Rules(RetentionSection(received_hours=24, results_hours=168))
 HOUR = 3600.0
 LATE = 1000 * HOUR
 
@@ -62,6 +64,12 @@ class Shelf:
         (due,) = self.jobs.due_deliveries(3)
         self.jobs.accepted(due.id, {"2.1.1": 0}, 3)
         self.jobs.delivered(due, "", 3)
+
+    def promise(self) -> Promises:
+        """What `pacs` is to commit, asked for."""
+        promises = Promises(self.database)
+        promises.expect(["pacs"], 4)
+        return promises
 
     def purge(self, hours: float) -> tuple[bool, bool]:
         """What is left `hours` after everything: received files, derived files."""
@@ -300,7 +308,7 @@ def test_results_no_job_knows_go_when_they_are_old(shelf: Shelf) -> None:
 
 def test_results_that_are_just_being_written_stay_even_if_none_are_kept(shelf: Shelf) -> None:
     shelf.spool.result_path("2.9", "2.9.1").parent.mkdir()
-    none_kept = RetentionSection(received_hours=0, results_hours=0)
+    none_kept = Rules(RetentionSection(received_hours=0, results_hours=0))
     assert purge(shelf.database, shelf.spool, none_kept, time.time() + 60) == 0
 
 
@@ -315,6 +323,181 @@ def test_what_a_peer_asked_to_commit_stays_until_it_was_told(shelf: Shelf) -> No
     (transaction,) = transactions.due(Commitment.REPORTING, 10)
     transactions.reported(transaction, 10)
     assert shelf.purge(LATE / HOUR) == (False, False)
+
+
+# what destinations are to commit
+
+
+WAITING = Rules(RULES.times, frozenset({"pacs"}))
+NOT_WAITING = Rules(RetentionSection(24, 168, require_commitment=False), frozenset({"pacs"}))
+
+
+def _left(shelf: Shelf, rules: Rules) -> tuple[bool, bool]:
+    purge(shelf.database, shelf.spool, rules, LATE)
+    return any(shelf.spool.stored()), shelf.spool.result_path("2.1", "2.1.1").exists()
+
+
+def test_what_is_delivered_and_not_committed_stays(shelf: Shelf) -> None:
+    _done(shelf)
+    assert _left(shelf, WAITING) == (True, True)  # nobody was even asked yet
+    promises = shelf.promise()
+    assert _left(shelf, WAITING) == (True, True)
+    uid = promises.begin(1)
+    promises.reported(uid, [("1.2", "2.1.1", 0)], 5)
+    assert _left(shelf, WAITING) == (False, False)
+
+
+def test_what_no_peer_need_commit_goes(shelf: Shelf) -> None:
+    _done(shelf)
+    shelf.promise()
+    assert _left(shelf, NOT_WAITING) == (False, False)
+
+
+def test_what_is_parked_uncommitted_stays_until_an_operator_does_without(shelf: Shelf) -> None:
+    _done(shelf)
+    promises = shelf.promise()
+    (owed,) = promises.due(5)
+    promises.park(owed, "refused", 6)
+    assert _left(shelf, WAITING) == (True, True)
+    promises.discard(1, "the archive is gone", 7)
+    assert _left(shelf, WAITING) == (False, False)
+
+
+# too little room
+
+
+class Full:
+    """A disk with `free` bytes, and what the files on it take."""
+
+    def __init__(self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self._shelf, self.free = shelf, free
+        monkeypatch.setattr(Spool, "free_bytes", lambda _: self.free)
+
+    def make_room(self, to: int, peers: Sequence[str] = ()) -> int:
+        times = RetentionSection(1e6, 1e6, watermark_free_gb=to / 1e9)
+        rules = Rules(times, frozenset(peers))
+        return make_room(self._shelf.database, self._shelf.spool, rules, 10)
+
+    def files(self) -> list[str]:
+        spool = self._shelf.spool
+        folders = (spool.received, spool.results)
+        return sorted(path.stem for folder in folders for path in folder.glob("*/*.dcm"))
+
+
+class Shelves(Shelf):
+    """A shelf with series 1.1, 1.2, ..., delivered in this order."""
+
+    def fill(self, number: int, at: float) -> None:
+        uid = f"1.{number}"
+        part = self.spool.incoming / uid
+        part.write_bytes(b"received")  # 8 bytes
+        self.spool.keep(part, uid, f"{uid}.1")
+        part.unlink()
+        facts = (uid, "1", "CT", "1.2", "1.2", "0" * 64, 8, "CT1", "DICOMNODE", None, None)
+        self.journal.record_instance(Arrival(f"{uid}.1", *facts), at)
+        job = self.close("r")
+        assert job is not None
+        path = self.spool.result_path(f"2.{number}", f"2.{number}.1")
+        path.parent.mkdir()
+        path.write_bytes(b"derived")  # 7 bytes
+        made = [Output(f"2.{number}", f"2.{number}.1", "1.2")]
+        self.jobs.derived(job, made, ["pacs"], {}, Event.DERIVED, at)
+        (due,) = self.jobs.due_deliveries(at)
+        self.jobs.accepted(due.id, {f"2.{number}.1": 0}, at)
+        self.jobs.delivered(due, "", at)
+
+
+@pytest.fixture
+def shelves(tmp_path: Path) -> Shelves:
+    made = Shelves(tmp_path)
+    for number in (1, 2, 3):
+        made.fill(number, float(number))
+    return made
+
+
+def test_the_oldest_that_is_delivered_makes_room(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Full(shelves, monkeypatch, free=1000)
+    assert full.make_room(to=1000) == 0
+    assert full.make_room(to=1001) == 8
+    assert full.files() == ["1.2.1", "1.3.1", "2.1.1", "2.2.1", "2.3.1"]
+    assert full.make_room(to=1010) == 15  # 7, and 8 more because 7 is too little
+    assert full.files() == ["1.3.1", "2.2.1", "2.3.1"]
+    text = "received files deleted early: free space is below retention.watermark_free_gb"
+    assert text in str(History(shelves.database).one_series("1.1"))
+    assert shelves.journal.known("1.1.1") == ("1.1", "0" * 64, True)
+
+
+def test_without_a_watermark_nothing_goes_early(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Full(shelves, monkeypatch, free=0)
+    assert full.make_room(to=0) == 0
+    assert len(full.files()) == 6
+
+
+def test_only_what_is_delivered_and_committed_makes_room(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promises = shelves.promise()
+    promises.reported(promises.begin(2), [("1.2", "2.2.1", 0)], 5)
+    full = Full(shelves, monkeypatch, free=0)
+    assert full.make_room(to=1000, peers=["pacs"]) == 15
+    assert full.files() == ["1.1.1", "1.3.1", "2.1.1", "2.3.1"]
+
+
+def test_what_nobody_got_makes_no_room(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No route took it, or the route is a shadow: it stays for its time."""
+    shelf.receive(1)
+    job = shelf.close("shadow")
+    assert job is not None
+    path = shelf.spool.result_path("2.1", "2.1.1")
+    path.parent.mkdir()
+    path.write_bytes(b"derived")
+    made = [Output("2.1", "2.1.1", "1.2")]
+    shelf.jobs.derived(job, made, [], {}, Event.NOTHING_TO_SEND, 2)
+    full = Full(shelf, monkeypatch, free=0)
+    assert full.make_room(to=1000) == 0
+    assert full.files() == ["1.1.1", "2.1.1"]
+
+
+def test_what_we_have_committed_makes_no_room(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays here for as long as the conformance statement says."""
+    transactions = Transactions(shelves.database)
+    assert transactions.ask("9.1", "scanner", [("1.2", "1.1.1"), ("1.2", "9.9")], 5)
+    (transaction,) = transactions.due(Commitment.CHECKING, 6)
+    transactions.checked(transaction, [0, 0x0112], 6)
+    (transaction,) = transactions.due(Commitment.REPORTING, 7)
+    transactions.reported(transaction, 7)
+    full = Full(shelves, monkeypatch, free=0)
+    full.make_room(to=1000)
+    assert full.files() == ["1.1.1"]
+
+
+def test_a_commitment_holds_for_the_whole_time_from_its_report_on(shelf: Shelf) -> None:
+    shelf.receive(1)
+    assert shelf.close() is None
+    transactions = Transactions(shelf.database)
+    assert transactions.ask("9.1", "scanner", [("1.2", "1.1.1")], 20 * HOUR)
+    (transaction,) = transactions.due(Commitment.CHECKING, 20 * HOUR)
+    transactions.checked(transaction, [0], 20 * HOUR)
+    (transaction,) = transactions.due(Commitment.REPORTING, 20 * HOUR)
+    transactions.reported(transaction, 20 * HOUR)
+    assert [shelf.purge(hours)[0] for hours in (43.9, 44.1)] == [True, False]
+
+
+def test_what_a_backup_holds_by_a_hard_link_makes_no_room(
+    shelves: Shelves, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held = shelves.spool.path("1.1", "1.1.1")
+    (tmp_path / "backup").hardlink_to(held)
+    full = Full(shelves, monkeypatch, free=0)
+    assert full.make_room(to=7) == 7
+    assert "1.1.1" in full.files()
+    assert "2.1.1" not in full.files()
 
 
 class PurgedInBetween(Journal):

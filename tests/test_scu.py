@@ -302,6 +302,11 @@ def _forget(sink: Sink) -> Callable[[Any], int]:
 # rude peers
 
 
+def pdv(value: bytes, control: int) -> bytes:
+    """A P-DATA-TF with one presentation data value on context 1."""
+    return struct.pack(">BxLLBB", 4, len(value) + 6, len(value) + 2, 1, control) + value
+
+
 @contextlib.contextmanager
 def _rude(*answers: bytes, close: bool = True) -> Iterator[int]:
     """Sends each answer after something has come, then closes, or says nothing more."""
@@ -372,6 +377,9 @@ def test_silence_ends_with_our_patience() -> None:
         (b"\4\0\x7f\xff\xff\xff", "longer than we take"),
         (b"\4\0\0\0\0\6\xff\xff\xff\xff\1\3", "longer than its PDU"),
         (b"\4\0\0\0\0\3abc", "cut off"),
+        (b"\xee" * 64, "unrecognised PDU"),
+        (pdv(b"\0\0", 2), "not the response"),
+        (pdv(bytes(16000), 1) * 20, "without an end"),
         (b"\4\0\0\0\0\x08" + struct.pack(">LBB", 4, 1, 3) + b"ab", "protocol"),
     ],
 )
@@ -380,3 +388,46 @@ def test_a_rude_response_is_a_lost_association(answer: bytes, words: str) -> Non
         call = _call(port)
         with pytest.raises(Lost, match=words):
             call.store(1, CT, "1.2.3", io.BytesIO(bytes(10)))
+
+
+def test_a_peer_that_takes_a_data_set_drop_by_drop_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each drop is in time; all of them together are not."""
+    connect = socket.create_connection
+
+    def narrow(address: tuple[str, int], seconds: float) -> socket.socket:
+        connection = connect(address, seconds)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # or it takes megabytes
+        return connection
+
+    monkeypatch.setattr(socket, "create_connection", narrow)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    over = threading.Event()
+
+    def sip() -> None:
+        peer, _ = listener.accept()
+        with peer, contextlib.suppress(OSError):
+            peer.recv(1 << 16)
+            peer.sendall(OK)
+            while not over.wait(0.01) and peer.recv(8_192):
+                pass
+
+    thread = threading.Thread(target=sip, daemon=True)
+    thread.start()
+    with listener:
+        call = _call(listener.getsockname()[1], 0.8)
+        with pytest.raises(Lost, match="no answer in time"):
+            call.store(1, CT, "1.2.3", io.BytesIO(bytes(6 << 20)))
+        over.set()
+        thread.join(5)
+
+
+def test_a_peer_that_closes_instead_of_answering_the_release_costs_nothing() -> None:
+    with _rude(OK, response(1)) as port:
+        call = _call(port)
+        assert call.store(1, CT, "1.2.3", io.BytesIO(bytes(10))) == (0, "")
+        call.release()

@@ -291,6 +291,9 @@ def test_every_slice_is_in_one_stack() -> None:
 
 
 def verdict(stack: StackOfImages) -> str:
+    """As the worker finds it: what is against the stack itself comes first."""
+    if stack.refusal is not None:
+        return stack.refusal.code
     try:
         volume, _ = volume_from_datasets(stack.datasets, UNITS[stack.modality], min_slices=1)
     except SeriesRefused as refusal:

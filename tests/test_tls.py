@@ -19,6 +19,7 @@ from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from dicomnode import tls, x509
+from dicomnode.cli import main
 from dicomnode.config import NodeConfig, config_from_mapping
 from dicomnode.credentials import ClientTls, NodeTls, PeerTls, Pem, client_tls
 from dicomnode.errors import ConfigError
@@ -748,6 +749,20 @@ def test_the_documented_set_up_works(tmp_path: Path) -> None:
 
 
 # the keys of config.yaml
+
+
+@needs(STORESCP)
+def test_doctor_calls_our_own_port_with_tls(
+    settings: NodeTls, port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"cert": str(settings.cert), "key": str(settings.key), "ca": str(settings.ca)}
+    with storescp(tmp_path / "pacs") as pacs:
+        peer = {"ae_title": pacs.ae_title, "host": "127.0.0.1", "port": pacs.port}
+        node = {"bind": "127.0.0.1", "port": port, "tls": files}
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump({"node": node, "peers": {"pacs": peer}}))
+        assert main(["doctor", "pacs", "--config", str(config)]) == 0
+    assert f"our node takes calls by the AE title {pacs.ae_title}" in capsys.readouterr().out
 
 
 def configured(data: dict[str, Any]) -> NodeConfig:

@@ -32,6 +32,7 @@ from training.data import Sample, draw_batch, draw_details, load_samples
 from training.errors import TrainingError
 from training.figures import Figures, SliceFigures, denoiser, evaluate_samples
 from training.lowdose import insert_low_dose, measure_noise, own_noise_again
+from training.material import load_material
 from training.metrics import (
     Insert,
     body_mask,
@@ -527,3 +528,29 @@ def test_the_log_has_a_line_per_checkpoint(patients: Path, tmp_path: Path) -> No
     train.main([str(path)])
     lines = (load_config(path).out / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8]
+
+
+def test_a_two_way_gan_trains_on_lowered_doses_and_ends_in_a_package(
+    patients: Path, tmp_path: Path
+) -> None:
+    adversarial = {
+        "gan": "wgangp",
+        "cycle_weight": 1.0,
+        "discriminator": {"width": 8, "layers": 2},
+        "pool": 2,
+    }
+    path = write_config(patients, tmp_path, recipe="gan_circle", adversarial=adversarial, threads=1)
+    train.main([str(path), "optimisation.steps=2"])
+    model = load_model(read_package(tmp_path / "package"))
+    assert model.package.manifest.training["recipe"] == "gan_circle"
+    assert model.package.manifest.output.residual
+    batch = load_material(load_config(path)).batch(0)
+    apart = (batch.source - batch.target).abs().mean()  # low dose of one place, full of another
+    paired = load_material(load_config(path, ["recipe=supervised"])).batch(0)
+    assert apart > 3 * (paired.source - paired.target).abs().mean()
+
+
+def test_lowered_doses_give_no_second_package(config: TrainConfig, tmp_path: Path) -> None:
+    backward = {"name": "x", "package": "x", "card": "x", "publish": {}}
+    with pytest.raises(ConfigError, match="backward"):
+        load_config(tmp_path / "debug.yaml", [f"backward={yaml.safe_dump(backward)}"])

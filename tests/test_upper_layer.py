@@ -1,9 +1,11 @@
 """The acceptor of PS3.8 against its own table, against raw bytes and against pynetdicom."""
 
+import contextlib
 import hashlib
 import os
 import resource
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import ANY
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
-from pynetdicom import AE, build_role
+from pynetdicom import AE, build_role, evt
 from pynetdicom.fsm import TRANSITION_TABLE
 from pynetdicom.sop_class import (
     CTImageStorage,
@@ -22,7 +24,7 @@ from pynetdicom.sop_class import (
 
 from dicomnode.errors import OutOfResources
 from dicomnode.spool import dataset_digest
-from dicomnode.upper_layer import Limits, Listener, Received, Requestor
+from dicomnode.upper_layer import Library, Limits, Listener, Received, Requestor
 from dicomnode.upper_layer.association import TRANSITIONS
 from dicomnode.upper_layer.dimse import read_command
 from dicomnode.upper_layer.negotiation import is_storage
@@ -191,6 +193,58 @@ def test_a_huge_length_does_not_reach_the_library(listener: Listener) -> None:
         peer.send(wire.pdu(wire.P_DATA, b"", 0xFFFFFFFF))
         kind, _ = peer.read()
         assert kind in (0, wire.ABORT)
+
+
+FLOOD = [(1, wire.VERIFICATION, (IMPLICIT,)), (3, wire.FIND, (IMPLICIT,))]
+
+
+@contextlib.contextmanager
+def slow_library(handler: Folder) -> Iterator[tuple[Listener, threading.Event, list[int]]]:
+    """A listener whose library answers the first C-ECHO only when the event is set; the requests
+    that it has begun to serve."""
+    free, begun = threading.Event(), list[int]()
+
+    def on_echo(_event: evt.Event) -> int:
+        begun.append(len(begun))
+        free.wait(30)
+        return 0x0000
+
+    entity = AE("DICOMNODE")
+    entity.add_supported_context(Verification)
+    entity.add_supported_context(PatientRootQueryRetrieveInformationModelFind)
+    library = Library(entity, [(evt.EVT_C_ECHO, on_echo)], Limits())
+    listener = Listener(
+        ("127.0.0.1", 0),
+        handler,
+        identity=IDENTITY,
+        limits=Limits(),
+        max_associations=8,
+        library=library,
+    )
+    listener.start()
+    try:
+        yield listener, free, begun
+    finally:
+        free.set()
+        listener.drain(0)
+
+
+def test_a_flood_of_unanswered_requests_ends_the_library_association(handler: Folder) -> None:
+    """pynetdicom reads on while a handler is busy, and keeps all that comes in memory."""
+    with slow_library(handler) as (listener, _, begun), Wire(listener.port) as peer:
+        peer.associate(FLOOD)
+        peer.send(wire.p_data(1, 3, wire.ECHO_RQ) * 500)
+        assert peer.read()[0] == wire.ABORT
+        assert begun == [0]
+
+
+def test_64_requests_at_a_time_are_answered(handler: Folder) -> None:
+    with slow_library(handler) as (listener, free, _), Wire(listener.port) as peer:
+        peer.associate(FLOOD)
+        peer.send(wire.p_data(1, 3, wire.ECHO_RQ) * 64)
+        free.set()
+        answers = [peer.read() for _ in range(64)]
+        assert {kind for kind, _ in answers} == {wire.P_DATA}
 
 
 # messages

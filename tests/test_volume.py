@@ -31,7 +31,8 @@ from scipy.spatial.transform import Rotation
 
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.pixels import Encoding, encode, encoding_of, without_loss
-from dicomnode.imaging.volume import stack_from_positions, volume_from_datasets
+from dicomnode.imaging.positions import stack_from_positions
+from dicomnode.imaging.volume import volume_from_datasets
 from tests.factories import (
     AXIAL,
     CORONAL,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training import processes
 from training.errors import TrainingError
 
 GanMode = Literal["vanilla", "lsgan", "wgangp", "hinge"]
@@ -137,7 +138,8 @@ class ImagePool:
     """Generated images for the discriminator, half of them from earlier steps (Shrivastava 2017).
 
     Until `size` images are held each is kept and given back; then with probability 1/2 a held one
-    is given back and replaced. Its random numbers come from the caller.
+    is given back and replaced. Its random numbers come from the caller. Several processes hold the
+    same pool: that of the whole batch.
     """
 
     def __init__(self, size: int) -> None:
@@ -148,7 +150,8 @@ class ImagePool:
         """(batch, ...) in, as many out, detached."""
         if self.size == 0:
             return images.detach()
-        return torch.stack([self._one(image, draw) for image in images.detach()])
+        every = [self._one(image, draw) for image in processes.gather(images)]
+        return processes.own_rows(torch.stack(every))
 
     def _one(self, image: Tensor, draw: torch.Generator) -> Tensor:
         if len(self.images) < self.size:
@@ -156,7 +159,7 @@ class ImagePool:
             return image
         if torch.rand((), generator=draw) > 0.5:
             index = int(torch.randint(self.size, (), generator=draw))
-            held = self.images[index]
+            held = self.images[index].to(image.device)
             self.images[index] = image.clone()
             return held
         return image
@@ -185,13 +188,20 @@ def require_grad(networks: Sequence[nn.Module], wanted: bool) -> None:
             weight.requires_grad_(wanted)
 
 
+def shares(images: Tensor, draw: torch.Generator) -> Tensor:
+    """A random number in [0, 1) for each image, (batch,); see `gradient_penalty`."""
+    whole = torch.rand(len(images) * processes.count(), generator=draw)
+    return processes.own_rows(whole).to(images.device)
+
+
 def finite(losses: Mapping[str, Tensor], step: int) -> dict[str, float]:
-    """The losses as numbers.
+    """The losses as numbers, each the mean over all processes.
 
     Raises:
         TrainingError: one is not finite; nothing has been changed by it yet.
     """
-    numbers = {name: loss.item() for name, loss in losses.items()}
+    values = processes.mean_([torch.stack([loss.detach().float() for loss in losses.values()])])
+    numbers = dict(zip(losses, values[0].tolist(), strict=True))
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise TrainingError(

@@ -1,4 +1,4 @@
-"""Stop anywhere, go on exactly there: recipe and step, written whole or not at all.
+"""Stop anywhere, go on exactly there: recipe, step and watch, written whole or not at all.
 
 No random state is kept: the batch of a step is a function of the seed and the step alone.
 """
@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,11 +18,15 @@ DAMAGE = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zip
 """What torch raises for a file that is not whole."""
 
 
-def save_checkpoint(path: Path, recipe: Recipe, step: int, config_digest: str) -> None:
-    """Write beside, fsync, rename: a crash leaves the old checkpoint or the new one."""
+def save_checkpoint(path: Path, recipe: Recipe, step: int, config_digest: str, **more: Any) -> None:
+    """Write beside, fsync, rename: a crash leaves the old checkpoint or the new one.
+
+    Args:
+        more: plain values that `load_more` gives back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    state = {"step": step, "config": config_digest, "recipe": recipe.state_dict()}
+    state = {"step": step, "config": config_digest, "recipe": recipe.state_dict(), "more": more}
     with partial.open("wb") as stream:
         torch.save(state, stream)
         stream.flush()
@@ -43,12 +48,27 @@ def load_checkpoint(path: Path, recipe: Recipe, config_digest: str) -> int:
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["config"] != config_digest:
             raise TrainingError(
                 f"{path} belongs to a run with other settings; choose another name or delete it"
             )
         recipe.load_state_dict(state["recipe"])
         return int(state["step"])
+    except DAMAGE as error:
+        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error
+
+
+def load_more(path: Path) -> dict[str, Any]:
+    """What else the checkpoint holds; nothing where there is none, or an older one.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        more = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("more", {})
+        return dict(more)
     except DAMAGE as error:
         raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error

@@ -5,16 +5,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from dicomnode.errors import ConfigError, PackageError
-from dicomnode.imaging.intensity import Intensity, Window
+from dicomnode.imaging.classes import Coded
+from dicomnode.imaging.intensity import Equalised, Intensity, Window
 from dicomnode.imaging.manifest import Bounds, GeneratorSpec, read_as
 from dicomnode.imaging.percentiles import Percentiles
-from dicomnode.imaging.units import Unit
+from dicomnode.imaging.units import MODALITY, Unit
+from training.overrides import read_settings
 from training.recipes.adversarial import Adversarial
+from training.recipes.optimisation import Optimisation
+from training.watch import Stopping
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,13 @@ class Images:
     """Source and target of a patient show the same place; the source is put on its lattice."""
     patient: str = ""
     """Regular expression on the path below `root`; its first group names the patient (and with
-    paired images the pair). Empty: each file is a patient of its own, which is then said."""
+    paired images the pair). Empty: PatientID does; where there is none each file is a patient of
+    its own, which is then said."""
     slices: int = 1
     """Neighbouring source slices the generator is given (odd); the last one is repeated."""
+    equalised: Literal["none", "global", "clahe"] = "none"
+    """The middle source slice is given once more, its histogram equalised, as a channel before the
+    slices; the generator's option `slices` is then one more, and the result stays in HU."""
     spacing_mm: float | None = None
     """Pixel spacing everything is brought to; None: as it is."""
     body_above: float | None = None
@@ -89,8 +95,67 @@ class Images:
     """Slices with a smaller share of such pixels are left out."""
     mirror: bool = True
     """Patches are mirrored left to right at random."""
+    rotate_degrees: float = 0.0
+    """Patches are turned at random by up to this, to either side."""
+    jitter: float = 0.0
+    """Contrast and brightness of the source are changed at random by up to this, in [-1, 1]; only
+    where its values have no unit (AU)."""
     validation_fraction: float = 0.15
     test_fraction: float = 0.2
+
+    @property
+    def channels(self) -> int:
+        """What the generator is given: slices, and maybe one equalised."""
+        return self.slices + (self.equalised != "none")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFiles:
+    """One class of pictures."""
+
+    name: str
+    files: tuple[str, ...]
+    """Patterns below `data.root`."""
+    code: Coded
+    """The finding it stands for, as reports say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """Grey pictures in folders named by their class."""
+
+    kind: Literal["classes"]
+    root: str
+    """Relative to where the command runs."""
+    split: str
+    """File with the groups of pictures (hashed) of each part; written if it does not exist yet."""
+    classes: tuple[ClassFiles, ...]
+    collection: str
+    """Name and licence of the collection, for the model card."""
+    grey_hu: tuple[float, ...]
+    """HU that grey 0 and 255 are taken for; the pictures do not say."""
+    matrix: int = 64
+    """Rows and columns that every picture is resampled to."""
+    alike_above: float = 0.95
+    """Pictures whose thumbnails correlate more are kept in one part of the split."""
+    mirror: bool = True
+    shift: int = 4
+    """Pixels, at random in each direction."""
+    brightness: float = 0.2
+    """Gain and offset are changed by up to this, at random."""
+    validation_fraction: float = 0.15
+    test_fraction: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class PublishClassifier:
+    """What the package of a classifier says of itself; see docs/MODELS.md for each key."""
+
+    bounds: Bounds
+    licence: str
+    intended_use: str
+    algorithm_family: str
+    site: Coded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,27 +196,6 @@ class Details:
 
 
 @dataclass(frozen=True, slots=True)
-class Optimisation:
-    """How the generator is fitted."""
-
-    steps: int
-    batch_size: int = 16
-    patch: int = 96
-    """Side of a training patch, pixels; a multiple of the generator's."""
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    charbonnier_hu: float = 10.0
-    """Below this error, in HU, the loss is quadratic, above it is linear."""
-    bias_weight: float = 0.5
-    """Weight of the mean error of 16 x 16 pixel squares."""
-    ema_decay: float = 0.999
-    """The package holds this running mean of the weights."""
-    gradient_clip: float = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the middle of the network only; losses, first and last layer stay fp32."""
-
-
-@dataclass(frozen=True, slots=True)
 class Publish:
     """What the package of a translation says of itself; see docs/MODELS.md for each key."""
 
@@ -176,7 +220,9 @@ class Backward:
     publish: Publish
 
 
-RecipeName = Literal["supervised", "pix2pix", "cyclegan", "sccyclegan", "aps", "gan_circle"]
+RecipeName = Literal[
+    "supervised", "pix2pix", "cyclegan", "sccyclegan", "aps", "gan_circle", "classifier"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +233,9 @@ class TrainConfig:
     version: str
     recipe: RecipeName
     seed: int
-    data: Data | Images
+    data: Data | Images | Classes
     generator: GeneratorSpec
+    """The network: of the recipe `classifier` a classifier."""
     optimisation: Optimisation
     package: str
     """Folder the package is written to."""
@@ -204,15 +251,24 @@ class TrainConfig:
     """The generator gives the difference to its (middle) source slice. Always so for low_dose."""
     publish: Publish | None = None
     """What the package of `images` says; required there."""
+    classifier: PublishClassifier | None = None
+    """What the package of a classifier says; required with the recipe `classifier`."""
     backward: Backward | None = None
     """Where the second package of a cycle goes; None: it is not written."""
     window: tuple[float, ...] = (-1024.0, 3071.0)
     """HU mapped to [-1, 1]."""
     save_every: int = 500
     """Steps between checkpoints, each with a line of the log and a validation."""
+    log_every: int = 50
+    """Steps between rows of losses.csv."""
+    stopping: Stopping | None = None
+    """Stop early on the validation patients, and keep the best weights; None: all steps."""
     stop_at: int | None = None
     """Stop after this step, to go on later."""
     threads: int = 2
+    """Of each process; the last bits of a sum depend on it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: CUDA where there is one."""
 
     @property
     def out(self) -> Path:
@@ -224,16 +280,21 @@ class TrainConfig:
         for key in _NOT_SHAPING:
             del shaping[key]
         del shaping["data"]["root"]
-        if isinstance(self.data, Data):  # such runs have no discriminator and are always residual
-            for key in ("adversarial", "residual"):
-                del shaping[key]
-            del shaping["data"]["kind"]
+        if isinstance(self.data, Data):  # such runs are always residual
+            del shaping["residual"], shaping["data"]["kind"]
+            if self.recipe == "supervised":
+                del shaping["adversarial"]
+        if isinstance(self.data, Images):  # what came later and is not used changes nothing
+            for key in _LATER_IMAGES:
+                if shaping["data"][key] == Images.__dataclass_fields__[key].default:
+                    del shaping["data"][key]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
+_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter")
 _NOT_SHAPING = (
     *("package", "card", "runs", "stop_at", "threads", "save_every", "version"),
-    *("publish", "backward"),
+    *("publish", "classifier", "backward", "log_every", "stopping", "device"),
 )
 
 
@@ -243,14 +304,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or wrong.
     """
+    data = read_settings(path, overrides)
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-        for override in overrides:
-            key, _, value = override.partition("=")
-            _set(data, key.split("."), yaml.safe_load(value))
         config: TrainConfig = read_as(TrainConfig, data, path.name)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
     except PackageError as error:
         raise ConfigError(str(error)) from error
     if problem := _problem(config):
@@ -258,23 +314,41 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
+TWO_WAYS = ("cyclegan", "sccyclegan", "gan_circle")
+"""Recipes that train the way there and the way back."""
+
+
 def _problem(config: TrainConfig) -> str | None:
     """The first thing that does not fit together, after its key; None: all does."""
     if len(config.window) != 2:
         return "window: want two values, low and high"
+    if min(config.save_every, config.log_every, config.optimisation.steps) < 1:
+        return "save_every, log_every, optimisation.steps: want 1 or more"
     if isinstance(config.data, Data):
-        return None if config.recipe == "supervised" else "recipe: low_dose data are supervised"
+        return _problem_of_low_dose(config)
+    if isinstance(config.data, Classes):
+        return _problem_of_classes(config, config.data)
+    if config.recipe == "classifier":
+        return "recipe: classifier needs data.kind: classes"
     if config.publish is None:
         return "publish: missing; it says what the package is for"
     if config.data.slices % 2 == 0 or config.data.slices < 1:
         return "data.slices: want an odd number of slices"
     if config.recipe in ("supervised", "pix2pix", "aps") and not config.data.paired:
         return f"data.paired: {config.recipe} needs pairs"
-    if config.recipe in ("cyclegan", "sccyclegan", "gan_circle") and config.data.slices != 1:
+    if config.recipe in TWO_WAYS and config.data.slices != 1:
         return f"data.slices: {config.recipe} goes both ways, slice by slice (1)"
+    if config.recipe in TWO_WAYS and config.data.equalised != "none":
+        return f"data.equalised: {config.recipe} goes both ways; use intensity: equalised"
+    if config.residual and isinstance(config.data.target.intensity, Equalised):
+        return "residual: nothing can be added to an equalised image"
+    if config.data.jitter and config.data.source.unit != "AU":
+        return f"data.jitter: {config.data.source.unit} mean something; they are not to be changed"
     if config.residual and config.data.source.unit != config.data.target.unit:
         return "residual: source and target have different units"
     for name, side in (("source", config.data.source), ("target", config.data.target)):
+        if MODALITY[side.unit] != side.modality:
+            return f"data.{name}.unit: {side.unit} is of {MODALITY[side.unit]}, not {side.modality}"
         if len(side.eight_bit) not in (0, 2):
             return f"data.{name}.eight_bit: want two values, those of grey 0 and 255"
     if isinstance(config.data.target.intensity, Percentiles):
@@ -282,15 +356,29 @@ def _problem(config: TrainConfig) -> str | None:
     return None
 
 
+def _problem_of_low_dose(config: TrainConfig) -> str | None:
+    if config.recipe == "classifier":
+        return "recipe: classifier needs data.kind: classes"
+    if config.backward is not None:
+        return "backward: low_dose data give the package of one way"
+    return None
+
+
+def _problem_of_classes(config: TrainConfig, data: Classes) -> str | None:
+    if config.recipe != "classifier":
+        return "recipe: data.kind classes needs classifier"
+    if config.classifier is None:
+        return "classifier: missing; it says what the package is for"
+    if len(data.grey_hu) != 2 or not data.grey_hu[0] < data.grey_hu[1]:
+        return "data.grey_hu: want two values, those of grey 0 and 255"
+    if config.generator.options.get("classes") != len(data.classes):
+        return f"generator.options.classes: want {len(data.classes)}, as data.classes has"
+    if len({one.name for one in data.classes}) < len(data.classes):
+        return "data.classes: two have the same name"
+    return None
+
+
 def window_of(config: TrainConfig) -> Window:
     """The intensity window of a run."""
     low, high = config.window
     return Window(low, high)
-
-
-def _set(data: Any, keys: Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(data, dict) or not isinstance(data.get(key, {}), dict):
-            raise ConfigError(f"{'.'.join(keys)}: {key} has no keys below it")
-        data = data.setdefault(key, {})
-    data[keys[-1]] = value

@@ -1,100 +1,207 @@
-"""Print every figure of a model card, from the package and the held-out patients.
+"""Judge a package on held-out patients, or results on their truth: figures, a page, a card.
 
     python training/evaluate.py training/configs/ldct-denoise.yaml
     python training/evaluate.py training/configs/ldct-denoise.yaml part=validation dose=0.1
-    python training/evaluate.py training/configs/ldct-denoise.yaml patients=yes
-    python training/evaluate.py training/configs/ldct-denoise.yaml compare=yes
+    python training/evaluate.py training/configs/ldct-denoise.yaml patients=yes compare=yes
+    python training/evaluate.py training/configs/cect.yaml profile=synthrad2025 card=yes
+    python training/evaluate.py result=FOLDER truth=FOLDER unit=HU out=FOLDER
 
-Figures are means over patients; an interval is the 95 % bootstrap interval over patients.
+Writes report.html and metrics.json to `out` (of a config: runs/NAME/evaluation-PART). Figures are
+means over patients; an interval is the 95 % bootstrap interval over patients. docs/TRAINING.md
+says what each option and figure is.
 """
 
+import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
 
 from dicomnode.errors import ConfigError, DicomNodeError
-from dicomnode.imaging.inference import load_model
+from dicomnode.imaging.inference import Model, load_model
 from dicomnode.imaging.package import read_package
-from dicomnode.imaging.percentiles import Percentiles
-from training.compare import FILTERS, filter_at_same_noise, filter_at_same_psnr, turned_down
-from training.config import Data, load_config
-from training.data import Sample, load_samples
-from training.figures import Denoiser, Figures, denoiser, evaluate_samples
-from training.metrics import INSERTS, TISSUES
-from training.split import PARTS, read_split
+from dicomnode.imaging.units import Unit
+from training.card import write_evaluation
+from training.config import Data, Images, TrainConfig, load_config
+from training.denoising import judge_denoiser
+from training.evaluation import Evaluation, evaluate
+from training.features import load_extractor
+from training.measures import PROFILES, Asked, Profile, meaning
+from training.profiles import EXAMS
+from training.publish import turned_round
+from training.report import report
+from training.split import PARTS
+from training.studies import (
+    RANGES,
+    Folders,
+    folder_studies,
+    image_studies,
+    low_dose_studies,
+    window_of,
+)
+
+_BOTH = {"profile": "standard", "exam": "abdomen", "range": "", "features": "", "out": ""}
+_OF_CONFIG = {
+    "part": "test",
+    "dose": "0.25",
+    "package": "",
+    "patients": "no",
+    "compare": "no",
+    "way": "forward",
+    "card": "no",
+    **_BOTH,
+}
+_OF_FOLDERS = {
+    **dict.fromkeys(("result", "truth", "unit", "mask", "other", "labels", "patient"), ""),
+    **_BOTH,
+}
+Options = Mapping[str, str]
 
 
 def main(argv: Sequence[str]) -> None:
-    options = {"part": "test", "dose": "0.25", "package": "", "patients": "no", "compare": "no"}
-    own = [word for word in argv[1:] if word.partition("=")[0] in options]
+    if not argv:
+        raise ConfigError(f"want a config, or result= and truth=\n{__doc__}")
+    if argv[0].partition("=")[0] in _OF_FOLDERS:
+        judge_folders(argv)
+    else:
+        judge_config(argv)
+
+
+def judge_config(argv: Sequence[str]) -> None:
+    """A package on a part of the patients of a run."""
+    own = [word for word in argv[1:] if word.partition("=")[0] in _OF_CONFIG]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
-    options |= dict(word.split("=", 1) for word in own)
-    if not isinstance(config.data, Data):
-        raise ConfigError("data.kind: this judges low_dose runs")
+    options = _OF_CONFIG | dict(word.split("=", 1) for word in own)
+    _check(options)
     if options["part"] not in PARTS:
         raise ConfigError(f"part: want one of {', '.join(PARTS)}")
     torch.set_num_threads(config.threads)
-    model = load_model(read_package(Path(options["package"] or config.package)))
-    samples, _ = load_samples(config.data, config.low_dose, config.seed, config.out / "cache")
-    patients = read_split(Path(config.data.split))[options["part"]]
-    held_out = [sample for sample in samples if sample.patient in patients]
-    dose = float(options["dose"])
-    intensity = model.package.manifest.input.intensity
-    if isinstance(intensity, Percentiles):
-        raise ConfigError("package: percentiles are of a whole volume; this judges slices in HU")
-    network = denoiser(model.generator, intensity)
-    figures = evaluate_samples(network, held_out, dose)
-    print(f"{model.package.name} {model.package.version}, digest {model.package.digest}")
-    print(f"{options['part']} at {dose:g} of the dose: ", end="")
-    print(f"{len(figures.patients)} patients, {len(figures.slices)} slices\n")
-    print_figures(model.package.name, figures)
-    if options["patients"] == "yes":
-        print_patients(figures)
-    if options["compare"] == "yes":
-        compare(network, held_out, dose, figures)
-
-
-def compare(network: Denoiser, samples: Sequence[Sample], dose: float, figures: Figures) -> None:
-    """The network beside each filter, at equal PSNR and at equal noise."""
-    for name in FILTERS:
-        nearest = filter_at_same_psnr(name, samples, dose, figures)
-        print_figures(f"{name}, strength of nearest PSNR", nearest)
-        lowered = turned_down(network, samples, dose, nearest)
-        print_figures(f"network turned down to the PSNR of that {name}", lowered)
-        equal = filter_at_same_noise(name, samples, dose, figures)
-        print_figures(f"{name}, strength of equal noise", equal)
-
-
-def print_patients(figures: Figures) -> None:
-    """A line per patient, who is named by the place in the sorted hashes."""
-    for number, patient in enumerate(figures.patients, start=1):
-        own = Figures([item for item in figures.slices if item.patient == patient])
-        bias = ", ".join(f"{tissue} {own.bias_hu(tissue)[0]:.2f}" for tissue in TISSUES)
-        print(
-            f"patient {number}: {len(own.slices)} slices, gain {own.gain_db[0]:.2f} dB, "
-            f"edges {own.edges[0]:.2f}, inserts "
-            f"{', '.join(f'{own.insert(i)[0]:.2f}' for i in range(len(INSERTS)))}, bias HU: {bias}"
-        )
-    print(flush=True)
-
-
-def print_figures(name: str, figures: Figures) -> None:
-    """A table: what, mean over patients, 95 % interval over patients."""
-    rows = {
-        "PSNR of the input, dB": figures.psnr_low,
-        "PSNR, dB": figures.psnr,
-        "gain, dB": figures.gain_db,
-        **{f"bias in {tissue}, HU": figures.bias_hu(tissue) for tissue in TISSUES},
-        "noise left in soft tissue": figures.noise,
-        "edge retention": figures.edges,
-        **{f"recovery of {item}": figures.insert(i) for i, item in enumerate(INSERTS)},
+    if isinstance(config.data, Data):
+        found, model = _denoiser(config, config.data, options)
+    elif isinstance(config.data, Images):
+        found, model = _translation(config, config.data, options)
+    else:
+        raise ConfigError("data.kind: this judges images; see training/downstream.py for classes")
+    package = model.package
+    facts = {
+        "package": f"{package.name} {package.version}, digest {package.digest}",
+        "patients": f"part {options['part']} of {config.data.split}",
+        "data": _collections(config.data),
     }
-    print(name)
-    for label, (mean, low, high) in rows.items():
-        print(f"  {label:28} {mean:8.3f}  [{low:.3f}, {high:.3f}]")
-    print(flush=True)
+    if isinstance(config.data, Data):
+        facts["dose"] = options["dose"]
+    out = Path(options["out"] or config.out / f"evaluation-{options['part']}")
+    data = _write(found, out, package.name, argv, facts)
+    if options["card"] == "yes":
+        written = write_evaluation(package, data)
+        print(f"wrote the figures to the card of {package.path}, digest {written.digest}")
+
+
+def _denoiser(config: TrainConfig, data: Data, options: Options) -> tuple[Evaluation, Model]:
+    model = load_model(read_package(Path(options["package"] or config.package)))
+    part, dose = options["part"], _number("dose", options["dose"])
+    words = (options["patients"] == "yes", options["compare"] == "yes")
+    judge_denoiser(config, data, model, part, dose, *words)
+    asked = _asked(options, "HU", None)
+    extractor = load_extractor(options["features"]) if options["features"] else None
+    studies = low_dose_studies(config, data, model, part, dose)
+    return evaluate(studies, asked, extractor), model
+
+
+def _translation(config: TrainConfig, data: Images, options: Options) -> tuple[Evaluation, Model]:
+    package = config.package
+    if options["way"] == "backward":
+        if config.backward is None:
+            raise ConfigError("way: the config has no backward")
+        package, data = config.backward.package, turned_round(data)
+    model = load_model(read_package(Path(options["package"] or package)))
+    asked = _asked(options, data.target.unit, window_of(data))
+    extractor = load_extractor(options["features"]) if options["features"] else None
+    return evaluate(image_studies(config, data, model, options["part"]), asked, extractor), model
+
+
+def judge_folders(argv: Sequence[str]) -> None:
+    """Results of any program beside their truth."""
+    options = dict(_OF_FOLDERS)
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if key not in options or not equals:
+            raise ConfigError(f"{word}: want {', '.join(f'{name}=' for name in options)}")
+        options[key] = value
+    _check(options)
+    for key in ("result", "truth", "unit", "out"):
+        if not options[key]:
+            raise ConfigError(f"{key}: missing")
+    if options["unit"] not in get_args(Unit):
+        raise ConfigError(f"unit: want one of {', '.join(get_args(Unit))}")
+    paths = {key: Path(options[key]) for key in ("mask", "other", "labels") if options[key]}
+    unit = cast(Unit, options["unit"])
+    folders = Folders(
+        Path(options["result"]), Path(options["truth"]), unit, **paths, patient=options["patient"]
+    )
+    extractor = load_extractor(options["features"]) if options["features"] else None
+    found = evaluate(folder_studies(folders), _asked(options, unit, None), extractor)
+    facts = {"patients": "by name" if options["patient"] else "every volume taken for one"}
+    _write(found, Path(options["out"]), "Evaluation", argv, facts)
+
+
+def _asked(options: Options, unit: Unit, window: tuple[float, float] | None) -> Asked:
+    low, high = RANGES.get(unit) or window or (0.0, 0.0)
+    if options["range"]:
+        low, high = _range(options["range"])
+    if not low < high:
+        raise ConfigError(f"range: missing; {unit} have none of their own (range=LOW,HIGH)")
+    return Asked(cast(Profile, options["profile"]), unit, low, high, options["exam"])
+
+
+def _range(words: str) -> tuple[float, float]:
+    first, _, second = words.partition(",")
+    return _number("range", first), _number("range", second)
+
+
+def _number(key: str, words: str) -> float:
+    try:
+        return float(words)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {words!r} is not a number") from error
+
+
+def _check(options: Options) -> None:
+    among = {"profile": PROFILES, "exam": tuple(EXAMS), "way": ("forward", "backward")}
+    among |= dict.fromkeys(("patients", "compare", "card"), ("yes", "no"))
+    for key, words in among.items():
+        if key in options and options[key] not in words:
+            raise ConfigError(f"{key}: want one of {', '.join(words)}")
+
+
+def _collections(data: Data | Images) -> str:
+    if isinstance(data, Images):
+        return data.collection
+    return "; ".join(folder.collection for folder in data.folders)
+
+
+def _write(
+    found: Evaluation, out: Path, title: str, argv: Sequence[str], facts: Mapping[str, str]
+) -> dict[str, Any]:
+    """The table on the screen, and the two files."""
+    command = shlex.join(["python", "training/evaluate.py", *argv])
+    facts = {**facts, "command": command, "torch": torch.__version__}
+    data = {"format": 1, **facts, **found.as_data()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "utf-8")
+    (out / "report.html").write_text(report(found, title, facts), "utf-8")
+    number = len(set(found.patients))
+    print(f"profile {found.asked.profile}: {number} patients, {len(found.patients)} volumes")
+    for name, over in found.summaries().items():
+        unit = meaning(name, found.asked)[1]
+        print(f"  {name:28} {over.mean:10.4g}  [{over.low:.4g}, {over.high:.4g}]  {unit}")
+    if found.spread is not None:
+        print(f"  {found.spread.name}: {found.spread.frechet:.4g}")
+    print(f"wrote {out / 'report.html'} and {out / 'metrics.json'}")
+    return data
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ def export_package(
     samples: Sequence[Sample],
     split: Split,
     figures: Figures,
+    steps: int,
 ) -> ModelPackage:
-    """Write the package of `config`; `figures` are those of the test patients.
+    """Write the package of `config` after so many steps; `figures` are of the test patients.
 
     Raises:
         ConfigError: the template of the card cannot be read, or names an unknown figure.
     """
-    training = describe_training(config, samples, split)
+    training = describe_training(config, samples, split) | {"steps": steps}
     validation = describe_figures(figures)
     try:
         template = Path(config.card).read_text("utf-8")

@@ -106,8 +106,12 @@ def evaluate_samples(
 def denoiser(generator: Generator, window: Scale) -> Denoiser:
     """A residual generator as a function of one slice, (rows, columns), float32, HU."""
 
+    device = str(next((weight.device for weight in generator.parameters()), "cpu"))
+
     def apply(low: Image) -> Image:
-        result: Image = run_generator(generator, low[None], window, window, residual=True)[0]
+        result: Image = run_generator(
+            generator, low[None], window, window, residual=True, device=device
+        )[0]
         return result
 
     return apply

@@ -5,6 +5,8 @@ is a SimpleITK image of float32 voxels in a physical unit; what has no geometry 
 PNG) gets voxels of 1 mm.
 """
 
+import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from dicomnode.imaging.volume import Volume, volume_from_datasets
 from training.errors import TrainingError
 
 ITK_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+IMAGE_SUFFIXES = (*ITK_SUFFIXES, ".npy", ".png")
+"""Of images that are not DICOM."""
 
 
 def read_image(path: Path, unit: Unit, eight_bit: tuple[float, float] | None = None) -> Any:
@@ -30,7 +34,8 @@ def read_image(path: Path, unit: Unit, eight_bit: tuple[float, float] | None = N
         eight_bit: physical values of grey 0 and 255, for 8-bit PNG; None: there should be none.
 
     Raises:
-        TrainingError: it cannot be read, or is an 8-bit image whose grey values are not declared.
+        TrainingError: it cannot be read, is an 8-bit image whose grey values are not declared, or
+            holds values that cannot be in `unit`.
     """
     try:
         if path.is_dir():
@@ -38,14 +43,20 @@ def read_image(path: Path, unit: Unit, eight_bit: tuple[float, float] | None = N
         if path.suffix == ".dcm":
             return _dicom([path], path, unit)
         if path.name.endswith(ITK_SUFFIXES):
-            return sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkFloat32)
+            _check_whole(path)
+            return _plausible(_deep(sitk.ReadImage(str(path)), path), unit, path)
         if path.suffix == ".npy":
-            return _plain(np.load(path, allow_pickle=False), path)
+            return _plausible(_plain(np.load(path, allow_pickle=False), path), unit, path)
         if path.suffix == ".png":
-            return _plain(_png(path, eight_bit), path)
-    except (OSError, RuntimeError, ValueError, UnidentifiedImageError) as error:
+            return _plausible(_plain(_png(path, eight_bit), path), unit, path)
+    except (OSError, EOFError, RuntimeError, ValueError, UnidentifiedImageError) as error:
         raise TrainingError(f"{path}: cannot be read: {type(error).__name__}") from error
     raise TrainingError(f"{path}: not DICOM, NIfTI, MetaImage, NRRD, NPY or PNG")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether `read_image` reads it as DICOM."""
+    return path.is_dir() or path.suffix == ".dcm"
 
 
 def voxels_of(image: Any) -> NDArray[np.float32]:
@@ -75,9 +86,9 @@ def with_spacing(image: Any, spacing_mm: float, outside: float) -> Any:
     row, column = image.GetSpacing()[1], image.GetSpacing()[0]
     if max(abs(row - spacing_mm), abs(column - spacing_mm)) < 1e-3 * spacing_mm:
         return image
-    if spacing_mm > min(row, column):
-        spread = [spacing_mm / 2.355 if s < spacing_mm else 1e-3 for s in (column, row)]
-        image = sitk.SmoothingRecursiveGaussian(image, [*spread, 1e-3])
+    for axis, own in enumerate((column, row)):  # within slices, of which there may be one
+        if own < spacing_mm:
+            image = sitk.RecursiveGaussian(image, spacing_mm / 2.355, direction=axis)
     width, height, depth = image.GetSize()
     size = [round(width * column / spacing_mm), round(height * row / spacing_mm), depth]
     spacing = [spacing_mm, spacing_mm, image.GetSpacing()[2]]
@@ -136,6 +147,56 @@ def _png(path: Path, eight_bit: tuple[float, float] | None) -> NDArray[np.float3
         )
     low, high = eight_bit
     return low + grey * np.float32((high - low) / 255.0)
+
+
+def _check_whole(path: Path) -> None:
+    """ITK reads what is missing of a NIfTI file as zeros, and says nothing.
+
+    Raises:
+        TrainingError: the file is shorter than its header promises.
+        EOFError: its compression ends too early.
+    """
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    bits = int(reader.GetMetaData("bitpix")) * math.prod(reader.GetSize())
+    promised = int(float(reader.GetMetaData("vox_offset"))) + bits // 8
+    there = path.stat().st_size
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            there = sum(len(part) for part in iter(lambda: stream.read(1 << 20), b""))
+    if there < promised:
+        raise TrainingError(f"{path}: {there} bytes of {promised}: copy it again")
+
+
+_POSSIBLE: dict[Unit, tuple[float, float]] = {"HU": (-33000, 66000), "SUV": (-10, 5000)}
+"""No value is beyond in these units; Bq/ml and MR values have no bounds."""
+
+
+def _plausible(image: Any, unit: Unit, path: Path) -> Any:
+    """What has no header to say its unit must at least be able to have it."""
+    voxels = voxels_of(image)
+    if not np.isfinite(voxels).all():
+        raise TrainingError(f"{path}: holds values that are not finite")
+    low, high = float(voxels.min()), float(voxels.max())
+    least, most = _POSSIBLE.get(unit, (-math.inf, math.inf))
+    scaled = unit == "HU" and -1.0 <= low < high <= 1.0
+    if scaled or low < least or high > most:
+        raise TrainingError(f"{path}: values from {low:.6g} to {high:.6g} are not {unit}")
+    return image
+
+
+def _deep(image: Any, path: Path) -> Any:
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise TrainingError(f"{path}: colour; want one value per voxel")
+    if image.GetDimension() not in (2, 3):
+        raise TrainingError(f"{path}: {image.GetDimension()} axes; want 2 or 3")
+    if image.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt8):
+        raise TrainingError(f"{path}: 8-bit values have no physical unit; store float32 or int16")
+    image = sitk.Cast(image, sitk.sitkFloat32)
+    return sitk.JoinSeries(image) if image.GetDimension() == 2 else image
 
 
 def _plain(values: NDArray[Any], path: Path) -> Any:

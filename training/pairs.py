@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dicomnode.imaging.equalise import with_equalised
+from dicomnode.imaging.intensity import Equalised
 from dicomnode.imaging.percentiles import intensity_of
+from training.augment import brightened, cut, cut_weight, draw_change
 from training.config import Images, Side
 from training.errors import TrainingError
-from training.images import onto, read_image, voxels_of, with_spacing
+from training.images import is_dicom, onto, read_image, voxels_of, with_spacing
+from training.leaks import alike_slices, names_of_one_patient, patient_id_of
 from training.recipes import Batch
 
 _TRIES = 20
@@ -71,20 +75,22 @@ def find_images(data: Images) -> Found:
     """Every usable slice.
 
     Raises:
-        TrainingError: no files, an unreadable one, a pattern that names no patient, or a patient
-            whose partner is missing.
+        TrainingError: no files, an unreadable one, a pattern that names no patient, a patient whose
+            partner is missing, or a PatientID under two names.
     """
     root = Path(data.root)
-    sources, targets = (_files(root, side, data.patient) for side in (data.source, data.target))
-    warnings = () if data.patient else ("no patient ids: slices of one patient may train and test",)
+    sources, targets = (
+        files_by_patient(root, side.files, data.patient) for side in (data.source, data.target)
+    )
     left_out: Counter[str] = Counter()
+    _check_patients(sources, targets)
     if data.paired:
         if odd := set(sources) ^ set(targets):
             raise TrainingError(f"data: {len(odd)} patients have only one kind of image")
         pairs = [
             pair
             for patient in sorted(sources)
-            for files in _partners(sources[patient], targets[patient])
+            for files in partners(sources[patient], targets[patient])
             for pair in _pairs_of(patient, *files, data, left_out)
         ]
         kept = _distinct(pairs, left_out)
@@ -96,7 +102,48 @@ def find_images(data: Images) -> Found:
         )
     if not found[0] or not found[1]:
         raise TrainingError(f"data: no usable slice; left out: {dict(left_out)}")
-    return Found(*found, left_out, warnings)
+    return Found(*found, left_out, _warnings(found, {**sources, **targets}, left_out, data))
+
+
+def _check_patients(*kinds: Mapping[str, Sequence[Path]]) -> None:
+    """
+    Raises:
+        TrainingError: DICOM images of one PatientID stand under two names: it would be split.
+    """
+    named = [
+        (name, patient_id_of(path))
+        for kind in kinds
+        for name, paths in kind.items()
+        for path in paths
+        if is_dicom(path)
+    ]
+    if twice := names_of_one_patient(named):
+        raise TrainingError(
+            f"data.patient: {twice} PatientIDs stand under more than one name, and could train and "
+            "test; leave data.patient empty to go by PatientID, or mend the names"
+        )
+
+
+def _warnings(
+    found: tuple[Sequence[Plane], Sequence[Plane]],
+    files: Mapping[str, Sequence[Path]],
+    left_out: Mapping[str, int],
+    data: Images,
+) -> tuple[str, ...]:
+    """What could let a test patient train, and cannot be told for certain."""
+    said = []
+    if not data.patient and any(not patient_id_of(p) for paths in files.values() for p in paths):
+        said.append("no patient ids: slices of one patient may train and test")
+    if count := left_out.get("DUPLICATE_OF_ANOTHER", 0):
+        said.append(f"{count} slices left out are those of another patient: is it the same one?")
+    for side, planes in zip(("source", "target"), found, strict=True):
+        alike = alike_slices([p.physical for p in planes], [p.patient for p in planes])
+        if alike.slices:
+            said.append(
+                f"{alike.slices} {side} slices of {alike.patients} patients look like another "
+                "patient's: who trains may test"
+            )
+    return tuple(said)
 
 
 def draw_batch(
@@ -113,35 +160,45 @@ def draw_batch(
     """
     first = _drawn(found.sources, patients, batch_size, rng)
     second = first if data.paired else _drawn(found.targets, patients, batch_size, rng)
-    cut = []
+    drawn = []
     for one, other in zip(first, second, strict=True):
         source, target = found.sources[one], found.targets[other]
         at = _place(source.body if not data.paired else target.body, patch, rng)
         there = at if data.paired else _place(target.body, patch, rng)
-        mirrored = data.mirror and bool(rng.integers(2))
-        cut.append(
-            [
-                _turned(plane[..., *place], mirrored)
-                for plane, place in (
-                    (_at_least(source.network, patch), at),
-                    (_at_least(target.network, patch), there),
-                    (_at_least(target.body[None].astype(np.float32), patch), there),
-                )
-            ]
+        change = draw_change(data.mirror, data.rotate_degrees, data.jitter, rng)
+        weight = _at_least(target.body[None].astype(np.float32), patch)
+        drawn.append(
+            (
+                brightened(cut(_at_least(source.network, patch), at, change), change),
+                cut(_at_least(target.network, patch), there, change),
+                cut_weight(weight, there, change),
+            )
         )
-    return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*cut, strict=True)))
+    return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)))
 
 
-def _files(root: Path, side: Side, pattern: str) -> dict[str, list[Path]]:
-    """Patient -> its files of one side."""
+def files_by_patient(root: Path, files: Sequence[str], pattern: str) -> dict[str, list[Path]]:
+    """Hash of a patient -> the files of one kind.
+
+    Args:
+        files: patterns below `root`.
+        pattern: regular expression whose first group names the patient; empty: PatientID does,
+            and a file without one is a patient of its own.
+
+    Raises:
+        TrainingError: a pattern finds no file, or names no patient.
+    """
     paths = []
-    for wanted in side.files:
+    for wanted in files:
         paths += (some := sorted(root.glob(wanted)))
         if not some:
             raise TrainingError(f"data: no file {wanted} below {root}; correct root or files")
     found: dict[str, list[Path]] = {}
     for path in paths:
-        found.setdefault(patient_of(path.relative_to(root).as_posix(), pattern), []).append(path)
+        name = path.relative_to(root).as_posix()
+        if not pattern and is_dicom(path):
+            name = patient_id_of(path) or name
+        found.setdefault(patient_of(name, pattern), []).append(path)
     return found
 
 
@@ -167,8 +224,12 @@ def _hash(name: str) -> str:
     return hashlib.sha256(f"dicomnode split {name}".encode()).hexdigest()[:16]
 
 
-def _partners(sources: Sequence[Path], targets: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """The pairs of a patient: one of each kind, or in each folder one of each kind."""
+def partners(sources: Sequence[Path], targets: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The pairs of a patient: one of each kind, or in each folder one of each kind.
+
+    Raises:
+        TrainingError: it is not clear which belong together.
+    """
     if len(sources) == len(targets) == 1:
         return [(sources[0], targets[0])]
     folders = [[path.parent for path in paths] for paths in (sources, targets)]
@@ -193,6 +254,10 @@ def _pairs_of(
     ours, theirs, kept = ours[box], theirs[box], kept[box]
     spacing = (grid.GetSpacing()[1], grid.GetSpacing()[0])
     first = _planes(patient, ours, kept, spacing, data.source, data.slices)
+    if data.equalised != "none":
+        first = [
+            replace(p, network=with_equalised(p.network[None], data.equalised)[0]) for p in first
+        ]
     second = _planes(patient, theirs, kept, spacing, data.target, 1)
     pairs = []
     for one, other in zip(first, second, strict=True):
@@ -254,6 +319,8 @@ def _planes(
     channels: int,
 ) -> list[Plane]:
     network = intensity_of(side.intensity, voxels).to_network(voxels)
+    if isinstance(side.intensity, Equalised):  # no HU: errors are in grey values
+        voxels = side.intensity.from_network(network)
     last, reach = len(voxels) - 1, channels // 2
     return [
         Plane(
@@ -270,15 +337,17 @@ def _planes(
 
 def _distinct(pairs: Sequence[Pair], left_out: Counter[str]) -> list[Pair]:
     """Without slices whose pixels came before: they would leak over the split."""
-    seen: set[bytes] = set()
+    seen: dict[bytes, str] = {}
     kept = []
     for pair in pairs:
         digest = hashlib.sha256(pair.target.physical.tobytes())
         digest.update(pair.source.physical.tobytes())
-        if digest.digest() in seen:
-            left_out["DUPLICATE_PIXELS"] += 1
+        key, patient = digest.digest(), pair.source.patient
+        if key in seen:
+            same = seen[key] == patient
+            left_out["DUPLICATE_PIXELS" if same else "DUPLICATE_OF_ANOTHER"] += 1
         else:
-            seen.add(digest.digest())
+            seen[key] = patient
             kept.append(pair)
     return kept
 
@@ -286,7 +355,8 @@ def _distinct(pairs: Sequence[Pair], left_out: Counter[str]) -> list[Pair]:
 def _drawn(
     planes: Sequence[Plane], patients: Sequence[str], count: int, rng: np.random.Generator
 ) -> list[int]:
-    mine = [index for index, plane in enumerate(planes) if plane.patient in patients]
+    chosen = set(patients)
+    mine = [index for index, plane in enumerate(planes) if plane.patient in chosen]
     if not mine:
         raise TrainingError("data: no slice of one kind among the training patients")
     share = Counter(planes[index].patient for index in mine)
@@ -312,7 +382,3 @@ def _at_least(planes: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
     if more == ((0, 0), (0, 0)):
         return planes
     return np.pad(planes, ((0, 0), *more), mode="edge")
-
-
-def _turned(patch: NDArray[np.float32], mirrored: bool) -> NDArray[np.float32]:
-    return np.ascontiguousarray(patch[..., ::-1] if mirrored else patch)

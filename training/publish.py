@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dicomnode.errors import ConfigError
-from dicomnode.imaging.intensity import Window
+from dicomnode.imaging.intensity import Equalised, Intensity, Window
 from dicomnode.imaging.manifest import (
     DicomSpec,
     InputSpec,
@@ -24,7 +24,8 @@ from dicomnode.imaging.manifest import (
 )
 from dicomnode.imaging.networks import Generator
 from dicomnode.imaging.package import ModelPackage, write_package
-from training.config import Backward, Images, Publish, Side, TrainConfig
+from dicomnode.imaging.percentiles import Percentiles
+from training.config import Backward, Images, Publish, TrainConfig
 from training.errors import TrainingError
 from training.export import golden_input
 from training.pairs import Found, Plane
@@ -38,8 +39,9 @@ def export_translation(
     networks: Mapping[str, Generator],
     found: Found,
     split: Split,
+    steps: int,
 ) -> list[ModelPackage]:
-    """Write the package of `config`, and that of the way back where there is one.
+    """Write the package of `config` after so many steps, and that of the way back if there is one.
 
     Raises:
         ConfigError: a card cannot be read, or names an unknown figure.
@@ -50,7 +52,9 @@ def export_translation(
         translator(networks["forward"], config, data), found, split["test"], data
     )
     forward = Backward(config.name, config.package, config.card, config.publish)
-    written = [_write(config, data, forward, networks["forward"], found.sources, split, figures)]
+    written = [
+        _write(config, data, forward, networks["forward"], found.sources, split, figures, steps)
+    ]
     if config.backward is not None:
         if "backward" not in networks:
             raise ConfigError(f"backward: {config.recipe} trains one way only; remove the key")
@@ -58,10 +62,9 @@ def export_translation(
         figures = evaluate_planes(
             translator(networks["backward"], config, turned), back, split["test"], turned
         )
+        backward, network = config.backward, networks["backward"]
         written.append(
-            _write(
-                config, turned, config.backward, networks["backward"], back.sources, split, figures
-            )
+            _write(config, turned, backward, network, back.sources, split, figures, steps)
         )
     return written
 
@@ -79,8 +82,9 @@ def _write(
     planes: Sequence[Plane],
     split: Split,
     figures: TranslationFigures,
+    steps: int,
 ) -> ModelPackage:
-    training = _describe_training(config, data, planes, split)
+    training = _describe_training(config, data, planes, split) | {"steps": steps}
     validation = _describe_figures(figures)
     manifest = _manifest(config, data, target, generator, planes, training, validation)
     try:
@@ -88,7 +92,7 @@ def _write(
         card = template.format(name=target.name, version=config.version, **training, **validation)
     except (OSError, KeyError, IndexError, ValueError) as error:
         raise ConfigError(f"card: {target.card}: {error!r}") from error
-    golden = _golden(config, data.source, generator)
+    golden = golden_body(config.seed, data.source.intensity, generator)
     return write_package(Path(target.package), manifest, generator.state_dict(), golden, card)
 
 
@@ -106,7 +110,7 @@ def _manifest(
     spacing = [plane.spacing_mm[0] for plane in planes]
     sides = [max(plane.physical.shape) for plane in planes]
     view = [plane.spacing_mm[1] * plane.physical.shape[1] for plane in planes]
-    exact = normalisation != "instance"
+    exact = generator.tiles_exactly
     return Manifest(
         format=1,
         name=target.name,
@@ -118,6 +122,7 @@ def _manifest(
             unit=data.source.unit,
             intensity=data.source.intensity,
             slices=data.slices,
+            equalised=data.equalised,
             spacing_mm=Range(min(spacing), max(spacing)),
             matrix=Range(min(sides), max(sides)),
             field_of_view_mm=Range(min(view), max(view)),
@@ -125,7 +130,7 @@ def _manifest(
         ),
         output=OutputSpec(
             modality=data.target.modality,
-            unit=data.target.unit,
+            unit="AU" if isinstance(data.target.intensity, Equalised) else data.target.unit,
             intensity=data.target.intensity,
             residual=config.residual,
         ),
@@ -184,13 +189,15 @@ def _describe_figures(figures: TranslationFigures) -> dict[str, Any]:
     return result
 
 
-def _golden(config: TrainConfig, source: Side, generator: Generator) -> NDArray[np.float32]:
-    """A generated body in the unit of the source, (slices, rows, columns), float32."""
-    hu = np.clip(golden_input(config.seed), -1000.0, 1000.0)
+def golden_body(
+    seed: int, intensity: Intensity | Percentiles, generator: Generator
+) -> NDArray[np.float32]:
+    """A generated body for the self-test, (slices, rows, columns), float32, source's unit."""
+    hu = np.clip(golden_input(seed), -1000.0, 1000.0)
     side = max(96, generator.multiple)
     hu = np.pad(hu, ((0, 0), (0, side - 96), (0, side - 96)), mode="edge")
     low, high = 0.0, 1000.0
-    if isinstance(source.intensity, Window):
-        low, high = source.intensity.low, source.intensity.high
+    if isinstance(intensity, Window | Equalised):
+        low, high = intensity.low, intensity.high
     body = low + (hu + 1000.0) / 2000.0 * (high - low)
     return np.repeat(body, 3, axis=0).astype(np.float32)

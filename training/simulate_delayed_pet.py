@@ -22,8 +22,8 @@ from training.pet_anatomy import CLASSES, ActivityMap, drawn_body, real_limb, re
 
 EARLY_MIN, DELAYED_MIN, MAP_MIN = (7.0, 21.0), (42.0, 63.0), (55.0, 65.0)
 """Frames of the delayed-PET paper, and when the activity maps stand, minutes after injection."""
-BODIES = 70
-"""Drawn bodies; every fifth is for testing, every tenth of the others for validation."""
+BODIES, BODY_SLICES = 160, 24
+"""Drawn bodies; every fifth is for testing, every tenth from the first on for validation."""
 PATIENT_SPREAD, PART_SPREAD, LESION_SPREAD = 0.15, 0.1, 0.35
 """Log-normal spread of the rates among patients, organs of one patient, and lesions."""
 NOISE_SUV, CORRELATION_MM = 0.06, 4.0
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     for number in range(BODIES):
         if not (out / f"BODY_{number:03}" / "labels.nii.gz").exists():
             rng = np.random.default_rng([number, 1])
-            write_pair(out / f"BODY_{number:03}", drawn_body(rng), rng)
+            write_pair(out / f"BODY_{number:03}", drawn_body(rng, BODY_SLICES), rng)
     limbs = sorted(data.glob("training/sarcoma_ct_mr_pet/STS_*"))
     if not limbs:
         raise TrainingError(f"{data}: no training/sarcoma_ct_mr_pet/STS_* in it; correct DATA")

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from dicomnode.imaging.intensity import Intensity, Window
-from dicomnode.imaging.networks import Generator
+from dicomnode.imaging.networks import Generator, pad_to_multiple
 from dicomnode.imaging.percentiles import Percentiles
 from training.config import Images, TrainConfig
 from training.errors import TrainingError
@@ -64,13 +63,18 @@ def translator(generator: Generator, config: TrainConfig, data: Images) -> Trans
     """A generator as a function of one source slice: (rows, columns), float32, target's unit."""
     scale = fixed(data.target.intensity)
     mode = config.publish.padding if config.publish is not None else "reflect"
+    device = next((weight.device for weight in generator.parameters()), torch.device("cpu"))
 
     @torch.inference_mode()
     def apply(plane: Plane) -> NDArray[np.float32]:
         rows, columns = plane.physical.shape
-        pad = (0, -columns % generator.multiple, 0, -rows % generator.multiple)
-        wide = F.pad(torch.from_numpy(plane.network[None]), pad, mode=mode)
-        made = generator.eval()(wide)[0, 0, :rows, :columns].float().numpy()
+        wide = pad_to_multiple(plane.network[None], generator.multiple, mode)
+        made = (
+            generator.eval()(torch.from_numpy(wide).to(device))[0, 0, :rows, :columns]
+            .float()
+            .cpu()
+            .numpy()
+        )
         if config.residual:
             result: NDArray[np.float32] = plane.physical + made * np.float32(scale.unit_per_network)
             return result

@@ -1,5 +1,6 @@
 """From the grid of a source to the grid a model was trained on, and back; never silently."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
+from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Manifest
-from dicomnode.imaging.volume import Volume
+from dicomnode.imaging.planes import Planes
 
 Voxels = NDArray[np.float32]
 SAME_MM = 0.01
@@ -35,17 +37,27 @@ class Regrid:
 
         Around the source lies its lowest value, as air does.
         """
-        trained, (row, column) = self.trained_spacing_mm, self.spacing_mm
-        down = _weights(self.matrix, self.rows, trained, row)
-        right = _weights(self.matrix, self.columns, trained, column)
-        return _apply(voxels, down, right, float(voxels.min()))
+        lowest = float(voxels.min())
+        return np.stack([self.plane_there(plane, lowest) for plane in voxels])
 
     def back(self, voxels: Voxels) -> Voxels:
         """(slices, matrix, matrix) -> (slices, rows, columns) of the source, same unit."""
+        lowest = float(voxels.min())
+        return np.stack([self.plane_back(plane, lowest) for plane in voxels])
+
+    def plane_there(self, plane: Voxels, around: float) -> Voxels:
+        """(rows, columns) of the source -> (matrix, matrix); `around`: lowest of the volume."""
+        trained, (row, column) = self.trained_spacing_mm, self.spacing_mm
+        down = _weights(self.matrix, self.rows, trained, row)
+        right = _weights(self.matrix, self.columns, trained, column)
+        return _apply(plane, down, right, around)
+
+    def plane_back(self, plane: Voxels, around: float) -> Voxels:
+        """(matrix, matrix) -> (rows, columns) of the source; `around`: lowest of the volume."""
         trained, (row, column) = self.trained_spacing_mm, self.spacing_mm
         down = _weights(self.rows, self.matrix, row, trained)
         right = _weights(self.columns, self.matrix, column, trained)
-        return _apply(voxels, down, right, float(voxels.min()))
+        return _apply(plane, down, right, around)
 
     def run(self, voxels: Voxels, predict: Callable[[Voxels], Voxels], *, residual: bool) -> Voxels:
         """`predict` on the trained grid, its result on the source's grid.
@@ -67,7 +79,7 @@ class Regrid:
         )
 
 
-def regrid_for(source: Volume, manifest: Manifest) -> Regrid | None:
+def regrid_for(source: Planes | Layout, manifest: Manifest) -> Regrid | None:
     """How `source` comes to the trained grid; None: it is on it, or the model takes any.
 
     Raises:
@@ -77,7 +89,7 @@ def regrid_for(source: Volume, manifest: Manifest) -> Regrid | None:
     if manifest.grid == "any":
         return None
     spec = manifest.input
-    _, rows, columns = source.voxels.shape
+    _, rows, columns = source.shape
     _, row_mm, column_mm = source.spacing_mm
     low, high = spec.field_of_view_mm.min or 0.0, spec.field_of_view_mm.max or 0.0
     sides = (rows * row_mm, columns * column_mm)
@@ -94,6 +106,7 @@ def regrid_for(source: Volume, manifest: Manifest) -> Regrid | None:
     return Regrid(rows, columns, (row_mm, column_mm), matrix, side / matrix)
 
 
+@functools.lru_cache(maxsize=8)
 def _weights(targets: int, sources: int, target_mm: float, source_mm: float) -> NDArray[np.float64]:
     """(targets, sources): each target pixel as a weighted mean of source pixels; 0 beyond them."""
     centre = (np.arange(targets) - (targets - 1) / 2) * target_mm
@@ -103,13 +116,12 @@ def _weights(targets: int, sources: int, target_mm: float, source_mm: float) -> 
     weights[(place < -0.5) | (place > sources - 0.5)] = 0.0
     total = weights.sum(1, keepdims=True)
     result: NDArray[np.float64] = np.divide(weights, total, out=weights, where=total > 0)
+    result.flags.writeable = False  # it is kept
     return result
 
 
 def _apply(
-    voxels: Voxels, down: NDArray[np.float64], right: NDArray[np.float64], outside: float
+    plane: Voxels, down: NDArray[np.float64], right: NDArray[np.float64], outside: float
 ) -> Voxels:
-    result = np.empty((len(voxels), len(down), len(right)), np.float32)
-    for index, plane in enumerate(voxels):
-        result[index] = down @ (plane.astype(np.float64) - outside) @ right.T + outside
-    return result
+    result: NDArray[np.float64] = down @ (plane.astype(np.float64) - outside) @ right.T + outside
+    return result.astype(np.float32)

@@ -20,12 +20,16 @@ from dicomnode.imaging.engines import (
     OpenVinoEngine,
     Precision,
     TorchEngine,
+    WithinMemory,
     cpu_features,
+    engines_for,
     installed,
     runs_well,
 )
-from dicomnode.imaging.grid import regrid_for
+from dicomnode.imaging.gate import why_not_int8
+from dicomnode.imaging.grid import Regrid, regrid_for
 from dicomnode.imaging.intensity import Intensity
+from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Manifest
 from dicomnode.imaging.networks import Generator, plan_generator, run_slices, run_tiled
 from dicomnode.imaging.package import ModelPackage, check_generator, read_golden, read_weights
@@ -34,6 +38,7 @@ from dicomnode.imaging.volume import Volume
 log = logging.getLogger(__name__)
 
 Voxels = NDArray[np.float32]
+Run = Callable[[Voxels], Voxels]
 
 
 class Model:
@@ -53,6 +58,8 @@ class Model:
         self.device = device
         self.engine = engine
         self.refused = refused
+        self.self_test = ""
+        """What it found, and what is allowed, in words; empty: not run."""
 
     @property
     def precision(self) -> Precision:
@@ -63,6 +70,18 @@ class Model:
         """Engine, number format and device, and why not faster: for logs and status."""
         chosen = f"{self.engine.name}, {self.precision} on {self.device}"
         return "; ".join([chosen, *self.refused])
+
+    def fall_back(self, error: EngineError) -> None:
+        """From now on the reference runs it.
+
+        Raises:
+            EngineError: it did already.
+        """
+        if isinstance(self.engine, TorchEngine):
+            raise error
+        log.warning("%s: from now on torch fp32: %s", self.package.name, error)
+        self.engine = TorchEngine(self.generator, self.device, "fp32")
+        self.refused = (*self.refused, str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +117,20 @@ def load_model(
     for place, choice in enumerate(choices):
         try:
             model = Model(package, generator, device, choice.make(), tuple(refused))
-            _self_test(model)
+            model.self_test = _self_test(model)
         except PackageError as error:
             if place == len(choices) - 1:
                 raise PackageError(f"{package.name}: {error}") from error
             refused.append(f"not {choice.words}: {error}")
             log.warning("%s %s: not %s: %s", package.name, package.version, choice.words, error)
             continue
-        log.info("%s %s: %s; self-test passed", package.name, package.version, model.words)
+        log.info("%s %s: %s; self-test: %s", *_told(model))
         return model
     raise AssertionError("the reference is always a choice")
+
+
+def _told(model: Model) -> tuple[str, ...]:
+    return model.package.name, model.package.version, model.words, model.self_test
 
 
 def predict(model: Model, source: Volume) -> Volume:
@@ -125,15 +148,7 @@ def predict(model: Model, source: Volume) -> Volume:
         SeriesRefused: NO_CONTRAST: percentiles of a volume without an image.
     """
     manifest = model.package.manifest
-    if source.unit != manifest.input.unit:
-        raise PackageError(
-            f"{model.package.name} takes {manifest.input.unit}, got {source.unit}; "
-            "route this series to another model"
-        )
-    try:
-        regrid = regrid_for(source, manifest)
-    except PackageError as error:
-        raise PackageError(f"{model.package.name}: {error}; route this series elsewhere") from error
+    regrid = checked_grid(model, source)
     run = functools.partial(_run, model, manifest.intensities_of(source.voxels, source.padding))
     if regrid is None:
         voxels = run(source.voxels)
@@ -145,6 +160,24 @@ def predict(model: Model, source: Volume) -> Volume:
     return source.with_voxels(voxels, manifest.output.unit)
 
 
+def checked_grid(model: Model, source: Volume | Layout) -> Regrid | None:
+    """How `source` comes to the model's grid, see `regrid_for`.
+
+    Raises:
+        PackageError: `source` is not in the unit the model takes, or not on its grid.
+    """
+    manifest = model.package.manifest
+    if source.unit != manifest.input.unit:
+        raise PackageError(
+            f"{model.package.name} takes {manifest.input.unit}, got {source.unit}; "
+            "route this series to another model"
+        )
+    try:
+        return regrid_for(source, manifest)
+    except PackageError as error:
+        raise PackageError(f"{model.package.name}: {error}; route this series elsewhere") from error
+
+
 Scales = tuple[Intensity, Intensity]
 """Of the input and of the output of one volume."""
 
@@ -153,29 +186,29 @@ def _run(model: Model, scales: Scales, voxels: Voxels) -> Voxels:
     try:
         return _run_on(model.engine, model.package.manifest, scales, voxels)
     except EngineError as error:
-        if isinstance(model.engine, TorchEngine):
-            raise
-        log.warning("%s: from now on torch fp32: %s", model.package.name, error)
-        model.engine = TorchEngine(model.generator, model.device, "fp32")
-        model.refused = (*model.refused, str(error))
+        model.fall_back(error)
         return _run_on(model.engine, model.package.manifest, scales, voxels)
 
 
+def tiled(run: Run, manifest: Manifest) -> Run:
+    """`run` over the tiles of a slice, where the manifest has them."""
+    if not manifest.tiling.allowed:
+        return run
+    cut = (manifest.tiling.overlap, manifest.tiling.side, manifest.input.padding.multiple)
+    return functools.partial(run_tiled, run, cut)
+
+
 def _run_on(engine: Engine, manifest: Manifest, scales: Scales, voxels: Voxels) -> Voxels:
-    run = engine.run
-    if manifest.tiling.allowed:
-        overlap, side = manifest.tiling.overlap, manifest.tiling.side
-        run = functools.partial(
-            run_tiled, engine.run, (overlap, side, manifest.input.padding.multiple)
-        )
+    fitting = WithinMemory(engine)
     return run_slices(
-        run,
+        tiled(fitting.run, manifest),
         voxels,
         *scales,
         (manifest.input.slices, manifest.input.padding.multiple),
         residual=manifest.output.residual,
         padding=manifest.input.padding.mode,
-        batch=engine.batch(*voxels.shape[1:]),
+        batch=fitting.batch(*voxels.shape[1:]),
+        extra=manifest.input.extra,
     )
 
 
@@ -211,6 +244,11 @@ def _formats(manifest: Manifest, device: str, precision: str) -> tuple[list[Prec
     ]
     if on_gpu:
         return accepted, why
+    if "int8" in accepted and (
+        reason := why_not_int8(manifest.output, manifest.acceptance["int8"])
+    ):
+        why.append(f"not int8: accepted with too much: {reason}")
+        accepted.remove("int8")
     features = cpu_features()
     slow = [kind for kind in accepted if not runs_well(kind, features)]
     why += [f"not {kind}: this processor has no instructions for it" for kind in slow]
@@ -225,21 +263,22 @@ def _choices(
     package: ModelPackage, generator: Generator, device: str, precision: str, cache: Path | None
 ) -> Iterator[_Choice]:
     """Every engine and number format to try, fastest first, the reference last."""
-    formats, _ = _formats(package.manifest, device, precision)
-    store = None if cache is None else FormStore(cache)
-    for kind in (*formats, "fp32"):
-        if device == "cpu" and installed():
-            yield _Choice(
-                f"openvino {kind}",
-                functools.partial(
-                    OpenVinoEngine, generator, kind, digest=package.digest, store=store
-                ),
-            )
-        yield _Choice(f"torch {kind}", functools.partial(TorchEngine, generator, device, kind))
+    manifest, store = package.manifest, None if cache is None else FormStore(cache)
+    limits = manifest.int8_ranges()
+    for kind in (*_formats(manifest, device, precision)[0], "fp32"):
+        compiled = functools.partial(
+            OpenVinoEngine, generator, kind, digest=package.digest, store=store, limits=limits
+        )
+        eager = functools.partial(TorchEngine, generator, device, kind)
+        makers: dict[str, Callable[[], Engine]] = {"openvino": compiled, "torch": eager}
+        for name in engines_for(kind):
+            if name == "torch" or (device == "cpu" and installed()):
+                yield _Choice(f"{name} {kind}", makers[name])
 
 
-def _self_test(model: Model) -> None:
-    """
+def _self_test(model: Model) -> str:
+    """What was found, in words.
+
     Raises:
         PackageError: the golden result is missed by more than fp32, or this number format, may.
     """
@@ -258,7 +297,7 @@ def _self_test(model: Model) -> None:
                 f"self-test on {device} differs by {worst:g} {unit}, allowed "
                 f"{golden.tolerance:g}; do not serve it on this device"
             )
-        return
+        return f"{worst:.2g} {unit} at most, allowed {golden.tolerance:g}"
     limits = manifest.acceptance[model.precision]
     mean, high = float(difference.mean()), float(np.quantile(difference, 0.999))
     if not (mean <= limits.mean_abs and high <= limits.p999_abs):
@@ -267,3 +306,7 @@ def _self_test(model: Model) -> None:
             f"{high:.3g} at the 99.9th percentile; accepted are {limits.mean_abs:g} and "
             f"{limits.p999_abs:g}"
         )
+    return (
+        f"{mean:.2g} {unit} on average, {high:.2g} at the 99.9th percentile, allowed "
+        f"{limits.mean_abs:g} and {limits.p999_abs:g}"
+    )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
+from dicomnode.imaging.equalise import Equalisation, equalised
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +66,35 @@ class Unscaled:
         return values
 
 
-Intensity = Window | Unscaled
+@dataclass(frozen=True, slots=True)
+class Equalised:
+    """A window, then histogram equalisation of each slice: the option of the contrast paper.
+
+    There is no way back to physical values: a result is grey, from 0 to 4095, and not HU.
+    """
+
+    low: float
+    high: float
+    method: Equalisation = "global"
+    kind: Literal["equalised"] = "equalised"
+
+    def __post_init__(self) -> None:
+        Window(self.low, self.high)
+
+    @property
+    def unit_per_network(self) -> float:
+        """How many grey values one network unit stands for."""
+        return GREY_LEVELS / 2
+
+    def to_network(self, voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Physical values, (..., rows, columns), float32 -> the same shape, float32, in [-1, 1]."""
+        return equalised(Window(self.low, self.high).to_network(voxels), self.method)
+
+    def from_network(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Network values, any shape, float32 -> the same shape, float32, grey, 0 to 4095."""
+        return Window(0.0, GREY_LEVELS).from_network(values)
+
+
+GREY_LEVELS = 4095.0
+"""The largest grey value of an equalised result."""
+Intensity = Window | Unscaled | Equalised

@@ -1,11 +1,11 @@
-"""What slices must satisfy before any is decoded: one patient, a matrix of sane size."""
+"""What slices must satisfy before any is decoded: one patient, a sane matrix, fit for a model."""
 
 from collections.abc import Sequence
 
 from pydicom import Dataset
 
 from dicomnode.errors import SeriesRefused
-from dicomnode.imaging.pixels import refused
+from dicomnode.imaging.pixels import has_decoder, is_lossy, refused
 
 MOST_VOXELS = 1 << 30
 """Of one volume: 4 GiB as float32, and the prediction takes as much again."""
@@ -43,3 +43,23 @@ def check_size(images: Sequence[Dataset]) -> None:
         if max(image.Rows, image.Columns) > LARGEST_MATRIX or voxels > MOST_VOXELS:
             what = f"more than {LARGEST_MATRIX} rows or columns, or {MOST_VOXELS} voxels in all"
             raise refused("TOO_LARGE", image, what, "send smaller images, or several series")
+
+
+def check_image(dataset: Dataset, allow_lossy: bool) -> None:
+    """Refuse what is a slice, but not one that a model may see; pixels are not looked at.
+
+    Raises:
+        SeriesRefused: COLOUR, BURNED_IN, MULTI_ENERGY, LOSSY.
+    """
+    if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in str(
+        dataset.get("PhotometricInterpretation")
+    ):
+        raise refused("COLOUR", dataset, "is not greyscale", "send the original")
+    if dataset.get("BurnedInAnnotation") == "YES":
+        raise refused("BURNED_IN", dataset, "has burned-in annotation", "send the original")
+    if dataset.get("MultienergyCTAcquisition") == "YES":
+        raise refused("MULTI_ENERGY", dataset, "is multi-energy CT", "send a single-energy image")
+    if "COLOR" in str(dataset.get("PixelPresentation")):
+        raise refused("COLOUR", dataset, "has colour beside greyscale", "send the original")
+    if has_decoder(dataset) and is_lossy(dataset) and not allow_lossy:
+        raise refused("LOSSY", dataset, "is lossy compressed", "allow_lossy: true on the route")

@@ -6,16 +6,23 @@ Data only. Unknown, missing or wrong keys are errors that name the key; nothing 
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
-from dicomnode.imaging.intensity import Intensity
+from dicomnode.imaging.equalise import Equalisation
+from dicomnode.imaging.intensity import Equalised, Intensity
 from dicomnode.imaging.percentiles import Percentiles, intensity_of
 from dicomnode.imaging.volume import Unit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SMALLEST_TILE = 256
+"""Pixels: below 128 PyTorch computes a convolution another way, and the last bit moves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class InputSpec:
     intensity: Intensity | Percentiles
     """Percentiles: of each volume as a whole, for AU only, which has no scale of its own."""
     slices: int = 1
+    equalised: Literal["none", "global", "clahe"] = "none"
+    """The middle slice goes in once more, its histogram equalised, as the first channel."""
     spacing_mm: Range = Range()
     matrix: Range = Range()
     field_of_view_mm: Range = Range()
@@ -63,6 +72,16 @@ class InputSpec:
     """Slices of another matrix or field of view than `matrix` and `field_of_view_mm` say: taken as
     they are, refused, or brought to the trained grid and the result back. None: `exact` with
     instance normalisation, else `any`."""
+
+    @property
+    def extra(self) -> Equalisation | None:
+        """How the additional channel is equalised; None: there is none."""
+        return None if self.equalised == "none" else self.equalised
+
+    @property
+    def channels(self) -> int:
+        """What the generator is given: slices, and maybe one more."""
+        return self.slices + (self.extra is not None)
 
     def trained_matrix(self) -> int:
         """Rows and columns of the one matrix the model was trained on; 0: it is not one."""
@@ -125,6 +144,8 @@ class Bounds:
     """DICOM keyword -> values (``*`` and ``?`` wildcards) that are out of scope."""
     require: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """DICOM keyword -> values, one of which every instance must have; no value is none of them."""
+    minutes_after_injection: Range = Range()
+    """Of PET: every slice was acquired so long after the tracer was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +183,8 @@ class Manifest:
     """Limits of a plausible result, by name (dicomnode/qa.py)."""
     acceptance: Mapping[str, Acceptance] = field(default_factory=dict)
     """Number formats beside fp32 that this model may be run in: fp16, bf16, int8."""
+    int8_limits: Mapping[str, Range] = field(default_factory=dict)
+    """Convolution -> the values that go into it, of training images: those run in int8."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -172,6 +195,8 @@ class Manifest:
             raise PackageError("manifest.input.padding.multiple: from 1 to 1024")
         if unknown := sorted(self.acceptance.keys() - {"fp16", "bf16", "int8"}):
             raise PackageError(f"manifest.acceptance: no number format {', '.join(unknown)}")
+        if any(None in (range_.min, range_.max) for range_ in self.int8_limits.values()):
+            raise PackageError("manifest.int8_limits: every one needs min and max")
         remark = self.dicom.remark
         if not (remark.isascii() and (remark + "x").isprintable() and len(remark) <= 12):
             raise PackageError("manifest.dicom.remark: at most 12 characters of printable ASCII")
@@ -180,6 +205,14 @@ class Manifest:
         self._check_grid()
         if self.output.residual and self.input.unit != self.output.unit:
             raise PackageError("manifest.output.residual: the units of input and output differ")
+
+    def int8_ranges(self) -> dict[str, tuple[float, float]]:
+        """`int8_limits` as least and largest value."""
+        return {
+            name: (range_.min, range_.max)
+            for name, range_ in self.int8_limits.items()
+            if range_.min is not None and range_.max is not None
+        }
 
     @property
     def grid(self) -> Literal["any", "exact", "resample"]:
@@ -204,9 +237,24 @@ class Manifest:
             )
         if self.normalisation == "instance" and self.tiling.allowed:
             raise PackageError("manifest.tiling: not with instance normalisation")
-        if self.tiling.allowed and self.tiling.side < 64:
-            raise PackageError("manifest.tiling.side: at least 64")
+        if self.tiling.allowed and self.tiling.side < SMALLEST_TILE:
+            raise PackageError(f"manifest.tiling.side: at least {SMALLEST_TILE}")
         self._check_percentiles()
+        self._check_equalised()
+
+    @property
+    def not_hu(self) -> bool:
+        """Whether the result is a CT image whose values are no HU."""
+        return self.output.modality == "CT" and self.output.unit != "HU"
+
+    def _check_equalised(self) -> None:
+        """Grey values of ranks are nobody's HU, and nothing can be added to them."""
+        if isinstance(self.output.intensity, Equalised) and self.output.unit != "AU":
+            raise PackageError("manifest.output.unit: an equalised result has no unit: give AU")
+        if self.not_hu and self.task != "ce_ct":
+            raise PackageError(f"manifest.output.unit: {self.task} gives HU")
+        if self.not_hu and len(self.dicom.remark) > 5:
+            raise PackageError("manifest.dicom.remark: at most 5 characters beside NOT HU")
 
     def _check_percentiles(self) -> None:
         """A window of percentiles belongs to the source: only there can it be measured."""
@@ -243,17 +291,25 @@ def manifest_from_yaml(text: bytes) -> Manifest:
     Raises:
         PackageError: it is not YAML, or a key is unknown, missing or wrong; the key is named.
     """
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise PackageError("manifest.yaml: YAML aliases are not allowed")
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise PackageError(f"manifest.yaml is not YAML: {error}") from error
-    manifest: Manifest = read_as(Manifest, data, "manifest")
+    manifest: Manifest = read_as(Manifest, values_in(text), "manifest")
     return manifest
 
 
-def manifest_to_yaml(manifest: Manifest) -> str:
+def values_in(text: bytes) -> Any:
+    """The plain values of a manifest.yaml, not looked at yet.
+
+    Raises:
+        PackageError: it is not YAML, or uses aliases (a few lines of them make a huge value).
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise PackageError("manifest.yaml: YAML aliases are not allowed")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise PackageError(f"manifest.yaml is not YAML: {error}") from error
+
+
+def manifest_to_yaml(manifest: "DataclassInstance") -> str:
     """manifest.yaml of `manifest`; `manifest_from_yaml` reads it back to an equal one."""
     plain = _plain(asdict(manifest))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)

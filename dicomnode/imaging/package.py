@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from dicomnode.imaging.manifest import Manifest, manifest_from_yaml, manifest_to
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from dicomnode.imaging.networks import Generator
 
@@ -66,14 +67,28 @@ class ModelPackage:
         return self.manifest.version
 
 
+class Installed(Protocol):
+    """A verified package of any kind: where it is, and the digest that names it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
-    """The self-test: (slices, rows, columns), float32, in the manifest's units."""
+    """The self-test: (slices, rows, columns), float32, in the manifest's units.
+
+    Of a classifier the result is (slices, classes), float32, probabilities.
+    """
 
     source: NDArray[np.float32]
     result: NDArray[np.float32]
     tolerance: float
-    """Largest allowed difference of a voxel, in the output's unit."""
+    """Largest allowed difference of a voxel, in the output's unit, or of a probability."""
 
 
 def read_package(path: Path) -> ModelPackage:
@@ -83,12 +98,26 @@ def read_package(path: Path) -> ModelPackage:
         PackageError: a file is missing, too large, not listed or differs from its sum, or the
             manifest does not follow its schema. The message names the file or key.
     """
+    text, digest = read_files(path)
+    try:
+        manifest = manifest_from_yaml(text)
+    except PackageError as error:
+        raise PackageError(f"{path.name}: {error}") from error
+    check_folder(path, manifest.name, manifest.version)
+    return ModelPackage(path, manifest, digest)
+
+
+def read_files(path: Path) -> tuple[bytes, str]:
+    """manifest.yaml of a package of any kind, unread, and its digest; every file was verified.
+
+    Raises:
+        PackageError: a file is missing, too large, not listed or differs from its sum.
+    """
     name = path.name
     sums = _read(path, SUMS, MiB // 16)
     listed = _parse_sums(name, sums)
     if listed.keys() != FILES.keys():
         raise PackageError(f"{name}: SHA256SUMS must list exactly {', '.join(sorted(FILES))}")
-    folder, at, version = name.partition("@")
     unlisted = {p.name for p in path.iterdir() if p.name[0] != "."} - FILES.keys() - {SUMS}
     if unlisted:
         raise PackageError(f"{name}: not listed in SHA256SUMS: {', '.join(sorted(unlisted))}")
@@ -96,16 +125,20 @@ def read_package(path: Path) -> ModelPackage:
         if _sum_of_file(path, file, limit) != listed[file]:
             raise PackageError(f"{name}: {file} differs from SHA256SUMS; install the package again")
     text = _read(path, "manifest.yaml", FILES["manifest.yaml"])
-    try:
-        manifest = manifest_from_yaml(text)
-    except PackageError as error:
-        raise PackageError(f"{name}: {error}") from error
-    if at and (folder, version) != (manifest.name, manifest.version):
-        raise PackageError(f"{name}: holds {manifest.name}@{manifest.version}; name the folder so")
-    return ModelPackage(path, manifest, hashlib.sha256(sums).hexdigest())
+    return text, hashlib.sha256(sums).hexdigest()
 
 
-def read_weights(package: ModelPackage) -> bytes:
+def check_folder(path: Path, name: str, version: str) -> None:
+    """
+    Raises:
+        PackageError: the folder is called ``name@version`` of another package.
+    """
+    folder, at, of_folder = path.name.partition("@")
+    if at and (folder, of_folder) != (name, version):
+        raise PackageError(f"{path.name}: holds {name}@{version}; name the folder so")
+
+
+def read_weights(package: Installed) -> bytes:
     """weights.safetensors as it was when the package was verified.
 
     Raises:
@@ -127,8 +160,11 @@ def read_weights(package: ModelPackage) -> bytes:
     return data
 
 
-def read_golden(path: Path) -> Golden:
+def read_golden(path: Path, classes: int = 0) -> Golden:
     """Read the self-test arrays of a package that `read_package` has verified.
+
+    Args:
+        classes: how many a classifier has; 0: it is none, and the result is an image.
 
     Raises:
         PackageError: golden.npz does not hold `source`, `result` and `tolerance` as it should.
@@ -145,8 +181,12 @@ def read_golden(path: Path) -> Golden:
             golden = Golden(source, result, float(arrays["tolerance"]))
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError) as error:
         raise PackageError(f"{path.name}: golden.npz: {error}") from error
-    if source.ndim != 3 or source.shape != result.shape or source.dtype != np.float32:
-        raise PackageError(f"{path.name}: golden.npz: want float32 (slices, rows, columns) twice")
+    wanted = (len(source), classes) if classes else source.shape
+    if source.ndim != 3 or result.shape != wanted or source.dtype != np.float32:
+        and_what = "(slices, classes)" if classes else "twice"
+        raise PackageError(
+            f"{path.name}: golden.npz: want float32 (slices, rows, columns) {and_what}"
+        )
     return golden
 
 
@@ -183,12 +223,69 @@ def write_package(
     Raises:
         PackageError: the state does not fit the generator.
     """
+    from dicomnode.imaging.networks import build_generator, run_generator
+
+    generator = build_generator(manifest.generator.architecture, manifest.generator.options)
+    check_generator(manifest, generator)
+    weights = load_state(manifest.name, generator, state)
+    result = run_generator(
+        generator,
+        golden_input,
+        *manifest.intensities_of(golden_input),
+        residual=manifest.output.residual,
+        padding=manifest.input.padding.mode,
+        extra=manifest.input.extra,
+    )
+    golden = Golden(golden_input, result, tolerance)
+    write_files(path, manifest_to_yaml(manifest), weights, golden, model_card)
+    return read_package(path)
+
+
+def with_manifest(package: ModelPackage, manifest: Manifest) -> ModelPackage:
+    """Write the package again with another manifest; weights, self-test and card stay.
+
+    Raises:
+        PackageError: the package has changed on disk since it was verified.
+    """
+    weights = read_weights(package)
+    card = _read(package.path, "MODEL_CARD.md", FILES["MODEL_CARD.md"]).decode()
+    write_files(package.path, manifest_to_yaml(manifest), weights, read_golden(package.path), card)
+    return read_package(package.path)
+
+
+def load_state(name: str, network: "Module", state: Mapping[str, "Tensor"]) -> bytes:
+    """Load `state` into `network`; weights.safetensors of it.
+
+    Raises:
+        PackageError: the state does not fit; the message starts with `name`.
+    """
+    from safetensors.torch import save  # torch only where a package is made: the node stays light
+
+    try:
+        network.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise PackageError(f"{name}: {error}") from error
+    return save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+
+
+def write_files(path: Path, manifest: str, weights: bytes, golden: Golden, card: str) -> None:
+    """Write a package of any kind whole or not at all; one that is at `path` is replaced.
+
+    Args:
+        manifest: manifest.yaml.
+        weights: weights.safetensors.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write(partial / "manifest.yaml", manifest_to_yaml(manifest).encode())
-    _write(partial / "MODEL_CARD.md", model_card.encode())
-    _write_arrays(partial, manifest, state, golden_input, tolerance)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, source=golden.source, result=golden.result, tolerance=np.float64(golden.tolerance)
+    )
+    _write(partial / "manifest.yaml", manifest.encode())
+    _write(partial / "MODEL_CARD.md", card.encode())
+    _write(partial / "weights.safetensors", weights)
+    _write(partial / "golden.npz", buffer.getvalue())
     sums = "".join(f"{_sum_of_file(partial, f, FILES[f])}  {f}\n" for f in sorted(FILES))
     _write(partial / SUMS, sums.encode())
     replaced = path.with_name(f".{path.name}.replaced")
@@ -197,40 +294,6 @@ def write_package(
         path.rename(replaced)
     partial.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
-    return read_package(path)
-
-
-def _write_arrays(
-    folder: Path,
-    manifest: Manifest,
-    state: Mapping[str, "Tensor"],
-    golden_input: NDArray[np.float32],
-    tolerance: float,
-) -> None:
-    from safetensors.torch import save  # torch only where a package is made: the node stays light
-
-    from dicomnode.imaging.networks import build_generator, run_generator
-
-    generator = build_generator(manifest.generator.architecture, manifest.generator.options)
-    check_generator(manifest, generator)
-    try:
-        generator.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        raise PackageError(f"{manifest.name}: {error}") from error
-    _write(
-        folder / "weights.safetensors",
-        save({key: value.detach().cpu().contiguous() for key, value in state.items()}),
-    )
-    result = run_generator(
-        generator,
-        golden_input,
-        *manifest.intensities_of(golden_input),
-        residual=manifest.output.residual,
-        padding=manifest.input.padding.mode,
-    )
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, source=golden_input, result=result, tolerance=np.float64(tolerance))
-    _write(folder / "golden.npz", buffer.getvalue())
 
 
 def check_generator(manifest: Manifest, generator: "Generator") -> None:
@@ -244,13 +307,17 @@ def check_generator(manifest: Manifest, generator: "Generator") -> None:
         raise PackageError(
             f"manifest.input.padding.multiple: {name} needs a multiple of {generator.multiple}"
         )
-    if manifest.input.slices != generator.slices:
+    if manifest.input.channels != generator.slices:
+        more = " and one equalised" if manifest.input.extra else ""
         raise PackageError(
-            f"manifest.input.slices: {name} takes {generator.slices} with these options"
+            f"manifest.input.slices: {name} takes {generator.slices} with these options, not "
+            f"{manifest.input.slices}{more}"
         )
     if generator.uses_statistics != (manifest.normalisation == "instance"):
         other = "uses" if generator.uses_statistics else "does not use"
         raise PackageError(f"manifest.normalisation: {name} {other} statistics of the slice")
+    if manifest.tiling.allowed and not generator.tiles_exactly:
+        raise PackageError(f"manifest.tiling: a tile of {name} may differ from the whole slice")
     if manifest.tiling.allowed and manifest.tiling.overlap < generator.receptive_field - 1:
         raise PackageError(
             f"manifest.tiling.overlap: the receptive field of {name} is "

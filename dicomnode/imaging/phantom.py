@@ -8,6 +8,7 @@ import contextlib
 import math
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -90,46 +91,100 @@ def phantom_series(
     """
     voxels = phantom_volume(slices, seed, photons)
     salt = uuid.uuid4().hex if fresh_uids else f"{slices} {photons}"
-    common = _common(seed, salt)
-    return [
-        _instance(common, voxels[index], index, z, _uid(seed, salt, f"instance {index}"))
-        for index, z in enumerate(phantom_heights(slices))
-    ]
+    common = header_of_phantom(seed, salt, "CT", "Chest")
+    common.SeriesDescription = "Chest 2.5 mm low dose"
+    _technique(common)
+    lattice = Lattice(SPACING_MM, SLICE_MM, phantom_heights(slices)[0])
+    return instances_of_phantom(common, (voxels + 1024).astype(np.uint16), lattice)
 
 
-def _uid(seed: int, salt: str, name: str) -> UID:
-    return UID(f"2.25.{uuid.uuid5(_NAMESPACE, f'{seed} {salt} {name}').int}")
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Axial slices of square pixels about the middle: spacings in mm, height of the first slice."""
+
+    pixel_mm: float
+    slice_mm: float
+    first_mm: float
 
 
-def _common(seed: int, salt: str) -> Dataset:
-    """What all instances of the series say."""
+def instances_of_phantom(
+    common: Dataset, stored: NDArray[np.uint16], lattice: Lattice
+) -> list[Dataset]:
+    """The instances of one series, from the feet to the head.
+
+    Args:
+        common: what all of them say, from `header_of_phantom`; SOPClassUID among it.
+        stored: (slices, rows, columns), what goes into Pixel Data.
+    """
+    _, rows, columns = stored.shape
+    result = []
+    for index, plane in enumerate(stored):
+        ds = Dataset()
+        ds.update(common)
+        ds.SOPInstanceUID = uid = uid_of_phantom(common.SeriesInstanceUID, f"instance {index}")
+        ds.InstanceNumber = index + 1
+        z = round(lattice.first_mm + index * lattice.slice_mm, 3)
+        corner = [round(-(n - 1) / 2 * lattice.pixel_mm, 3) for n in (columns, rows)]
+        ds.ImagePositionPatient = [*corner, z]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.SliceLocation = z
+        ds.SliceThickness = lattice.slice_mm
+        ds.PixelSpacing = [lattice.pixel_mm, lattice.pixel_mm]
+        ds.SamplesPerPixel = 1
+        ds.PhotometricInterpretation = "MONOCHROME2"
+        ds.Rows, ds.Columns = rows, columns
+        ds.PixelRepresentation = 0
+        ds.PixelData = plane.astype("<u2").tobytes()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.MediaStorageSOPClassUID = common.SOPClassUID
+        ds.file_meta.MediaStorageSOPInstanceUID = uid
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        result.append(ds)
+    return result
+
+
+def uid_of_phantom(*names: object) -> UID:
+    """A UID that follows from `names`."""
+    return UID(f"2.25.{uuid.uuid5(_NAMESPACE, ' '.join(map(str, names))).int}")
+
+
+def header_of_phantom(seed: int, salt: str, modality: str, what: str) -> Dataset:
+    """What all instances of a phantom series say of patient, study and equipment.
+
+    QualityControlImage says that it is a phantom.
+
+    Args:
+        seed, salt: of the UIDs.
+        what: one word for the anatomy, such as ``Chest``.
+    """
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
-    ds.PatientName = "Phantom^Chest"
+    ds.PatientName = f"Phantom^{what}"
     ds.PatientID = f"PHANTOM-{seed}"
     ds.PatientBirthDate = ""
     ds.PatientSex = "O"
-    ds.StudyInstanceUID = _uid(seed, salt, "study")
-    ds.SeriesInstanceUID = _uid(seed, salt, "series")
-    ds.FrameOfReferenceUID = _uid(seed, salt, "frame of reference")
+    ds.StudyInstanceUID = uid_of_phantom(seed, salt, "study")
+    ds.SeriesInstanceUID = uid_of_phantom(seed, salt, "series")
+    ds.FrameOfReferenceUID = uid_of_phantom(seed, salt, "frame of reference")
     ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = "20260105"
     ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = "093000"
     ds.AccessionNumber = ""
     ds.ReferringPhysicianName = ""
     ds.StudyID = "1"
     ds.StudyDescription = "Phantom"
-    ds.SeriesDescription = "Chest 2.5 mm low dose"
-    ds.Modality = "CT"
+    ds.Modality = modality
     ds.SeriesNumber = 2
     ds.AcquisitionNumber = 1
-    ds.BodyPartExamined = "CHEST"
+    ds.BodyPartExamined = what.upper()
     ds.PatientPosition = "HFS"
     ds.PositionReferenceIndicator = ""
     ds.Manufacturer = "Generated phantom"  # not ours: the loop guard knows our own by this
-    ds.ManufacturerModelName = "Chest by formula"
+    ds.ManufacturerModelName = f"{what} by formula"
     ds.DeviceSerialNumber = "0"
     ds.SoftwareVersions = "1"
-    _technique(ds)
+    ds.QualityControlImage = "YES"
+    ds.BurnedInAnnotation = "NO"
+    ds.ImageComments = "Generated phantom, no patient"
     return ds
 
 
@@ -137,38 +192,12 @@ def _technique(ds: Dataset) -> None:
     """CT Image and Image Pixel modules (PS3.3 C.8.2.1, C.7.6.3)."""
     ds.SOPClassUID = CTImageStorage
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-    ds.QualityControlImage = "YES"
-    ds.BurnedInAnnotation = "NO"
-    ds.ImageComments = "Generated phantom, no patient"
     ds.KVP = 120
     ds.ExposureTime = 500
     ds.XRayTubeCurrent = 40
     ds.Exposure = 20
     ds.ConvolutionKernel = "SOFT"
     ds.ReconstructionDiameter = round(MATRIX * SPACING_MM, 1)
-    ds.SliceThickness = SLICE_MM
-    ds.PixelSpacing = [SPACING_MM, SPACING_MM]
-    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    ds.SamplesPerPixel = 1
-    ds.PhotometricInterpretation = "MONOCHROME2"
-    ds.Rows = ds.Columns = MATRIX
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
-    ds.PixelRepresentation = 0
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = -1024, 1, "HU"
     ds.WindowCenter, ds.WindowWidth = 40, 400
-
-
-def _instance(common: Dataset, hu: NDArray[np.float32], index: int, z: float, uid: UID) -> Dataset:
-    ds = Dataset()
-    ds.update(common)
-    ds.SOPInstanceUID = uid
-    ds.InstanceNumber = index + 1
-    corner = round(-(MATRIX - 1) / 2 * SPACING_MM, 3)
-    ds.ImagePositionPatient = [corner, corner, round(z, 3)]
-    ds.SliceLocation = round(z, 3)
-    ds.PixelData = (hu + 1024).astype("<u2").tobytes()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    ds.file_meta.MediaStorageSOPInstanceUID = uid
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    return ds

@@ -103,7 +103,7 @@ def quantum_noise(
     if not 0 < photons_after <= photons_before:
         raise ValueError("want 0 < photons_after <= photons_before")
     rows, columns = hu.shape[1:]
-    integrals = _coarse_integrals(hu, pixel_spacing_mm, views)
+    integrals = coarse_integrals(hu, pixel_spacing_mm, views)
     variance = _variance(integrals, photons_after, electronic)
     variance -= _variance(integrals, photons_before, electronic)
     deviation = np.sqrt(np.maximum(variance, 0.0), dtype=np.float32)
@@ -122,7 +122,7 @@ def _variance(
     return (1.0 / arriving + (electronic / arriving) ** 2).astype(np.float32)
 
 
-def _coarse_integrals(
+def coarse_integrals(
     hu: NDArray[np.float32], pixel_spacing_mm: float, views: int
 ) -> NDArray[np.float32]:
     """As `project`, from an image averaged to a small matrix, on the detectors of the full one."""

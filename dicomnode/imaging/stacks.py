@@ -17,7 +17,7 @@ from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of
 from dicomnode.imaging.limits import check_one_patient
 from dicomnode.imaging.pixels import numbers_of
-from dicomnode.imaging.volume import (
+from dicomnode.imaging.positions import (
     SAME_DIRECTION,
     SAME_POSITION_MM,
     SHEARED_DEGREES,

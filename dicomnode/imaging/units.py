@@ -239,6 +239,18 @@ def _seconds_since_dose(first: Dataset, tracer: Dataset, scanned: datetime) -> f
     return elapsed if elapsed >= 0 else elapsed + 24 * 3600
 
 
+def minutes_after_injection(headers: Sequence[Dataset]) -> tuple[float, float]:
+    """When the slices of a PET stack were acquired: the earliest and the latest, in minutes.
+
+    Raises:
+        SeriesRefused: NO_TIMES (of the dose or of an acquisition), NO_DOSE (several tracers).
+    """
+    tracer = _tracer(headers[0])
+    started = [_moment(header, "AcquisitionDate", "AcquisitionTime") for header in headers]
+    seconds = [_seconds_since_dose(headers[0], tracer, moment) for moment in started]
+    return min(seconds) / 60, max(seconds) / 60
+
+
 def _moment(header: Dataset, date: str, time: str) -> datetime:
     try:
         day, clock = DA(str(header.get(date) or "")), TM(str(header.get(time) or ""))

@@ -8,6 +8,7 @@ size of the file. Every wait has an end.
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -240,13 +241,15 @@ class Call:
             now, spare, held = spare, now, ahead
 
     def _send(self, parts: Sequence[bytes | memoryview]) -> None:
+        seconds = self._patience.response
+        deadline = time.monotonic() + seconds
         try:
-            self._socket.settimeout(self._patience.response)
             if not self._plain:
+                self._socket.settimeout(seconds)
                 self._socket.sendall(b"".join(parts))
                 return
             for at in range(0, len(parts), _VECTORS):
-                _send_all(self._socket, parts[at : at + _VECTORS])
+                _send_all(self._socket, parts[at : at + _VECTORS], deadline)
         except OSError as error:
             self._close()
             raise Lost(_words(error)) from error
@@ -358,10 +361,20 @@ def _fill(buffer: memoryview, source: IO[bytes]) -> int:
     return held
 
 
-def _send_all(connection: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
-    """All parts in as few system calls as the peer's window allows."""
+def _send_all(
+    connection: socket.socket, parts: Sequence[bytes | memoryview], deadline: float
+) -> None:
+    """All parts in as few system calls as the peer's window allows.
+
+    Raises:
+        OSError: the connection has ended, or the peer has not taken all by the `deadline`.
+    """
     waiting = [memoryview(part) for part in parts]
     while waiting:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
         sent = connection.sendmsg(waiting)
         while waiting and sent >= len(waiting[0]):
             sent -= len(waiting.pop(0))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 262_144
-"""Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more.
-Hashing on a second thread was tried: on two cores, handing over costs more than it saves."""
+"""Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more, 64
+KiB a tenth. Hashing on a second thread was tried: a CT takes 0.1 ms more CPU time, and as soon as
+the cores are busy, longer (docs/PERFORMANCE.md)."""
 _LONG = {"OB"}
 """Of the VRs used here, those with a 4-byte length (PS3.5 7.1.2)."""
 

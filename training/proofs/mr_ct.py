@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dicomnode.imaging.units import Unit
 from training.pairs import Pair
 from training.proofs.case import Case, spread, table
 
 BONE_HU = 200.0
+_BODY: Mapping[Unit, float] = {"HU": -500.0, "AU": 50.0}
+"""A pixel of the true image above this is the patient."""
 _BINS = np.linspace(-1.2, 1.6, 80)
 Values = NDArray[np.float32]
 
@@ -57,9 +60,9 @@ def mr_from_ct(case: Case) -> list[str]:
 
 def _results(case: Case) -> Mapping[str, list[tuple[Values, Values]]]:
     """Name of a method -> for each patient its values and the true ones, in the body."""
-    training = case.pairs("train")
-    shown = np.concatenate([_given(pair) for pair in training])
-    wanted = np.concatenate([_true(pair) for pair in training])
+    training, unit = case.pairs("train"), case.data.target.unit
+    shown = np.concatenate([_given(pair, unit) for pair in training])
+    wanted = np.concatenate([_true(pair, unit) for pair in training])
     middle = np.float32(np.median(wanted))
     bins = np.digitize(shown, _BINS)
     by_intensity = np.array(
@@ -70,9 +73,9 @@ def _results(case: Case) -> Mapping[str, list[tuple[Values, Values]]]:
         np.float32,
     )
     methods: Mapping[str, Callable[[Pair], Values]] = {
-        "one value, the median": lambda pair: np.full_like(_true(pair), middle),
-        "a value per intensity": lambda pair: by_intensity[np.digitize(_given(pair), _BINS)],
-        "the model": lambda pair: case.apply(pair.source)[pair.target.body],
+        "one value, the median": lambda pair: np.full_like(_true(pair, unit), middle),
+        "a value per intensity": lambda pair: by_intensity[np.digitize(_given(pair, unit), _BINS)],
+        "the model": lambda pair: case.apply(pair.source)[_body(pair, unit)],
     }
     return {name: _by_patient(case, method) for name, method in methods.items()}
 
@@ -83,18 +86,22 @@ def _by_patient(case: Case, method: Callable[[Pair], Values]) -> list[tuple[Valu
     for patient in case.patients():
         own = [pair for pair in pairs if pair.source.patient == patient]
         made = np.concatenate([method(pair) for pair in own])
-        result.append((made, np.concatenate([_true(pair) for pair in own])))
+        result.append((made, np.concatenate([_true(pair, case.data.target.unit) for pair in own])))
     return result
 
 
-def _given(pair: Pair) -> Values:
+def _body(pair: Pair, unit: Unit) -> NDArray[np.bool_]:
+    return np.asarray(pair.target.body & (pair.target.physical > _BODY[unit]), np.bool_)
+
+
+def _given(pair: Pair, unit: Unit) -> Values:
     middle = len(pair.source.network) // 2
-    given: Values = pair.source.network[middle][pair.target.body]
+    given: Values = pair.source.network[middle][_body(pair, unit)]
     return given
 
 
-def _true(pair: Pair) -> Values:
-    return pair.target.physical[pair.target.body]
+def _true(pair: Pair, unit: Unit) -> Values:
+    return pair.target.physical[_body(pair, unit)]
 
 
 def _where(made: Values, true: Values, low: float, high: float) -> tuple[Values, Values]:

@@ -6,25 +6,17 @@ numbers of a step come from the seed and the step alone, so that no random state
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import device, nn
 
 from dicomnode.imaging.networks import Generator
+from training.recipes.batch import Batch
+
+__all__ = ["Batch", "Parts", "Recipe", "average_of", "step_rng", "update_average"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
-
-
-class Batch(NamedTuple):
-    """Patches, each (batch, channels, rows, columns), float32."""
-
-    source: Tensor
-    """What the generator is given, in [-1, 1]."""
-    target: Tensor
-    """What it is to become, in [-1, 1]; of another patient where the data are unpaired."""
-    weight: Tensor
-    """What an error of this pixel counts; (batch, 1, rows, columns)."""
 
 
 class Recipe(Protocol):
@@ -41,9 +33,12 @@ class Recipe(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def to(self, place: device) -> None:
+        """Move everything to another device, before the first step."""
+
 
 class Parts:
-    """Networks, optimisers and pools by name: their state is that of the recipe."""
+    """Networks, optimisers, pools and scales by name: their state is that of the recipe."""
 
     def __init__(self, **parts: Any) -> None:
         self.parts = parts
@@ -53,7 +48,12 @@ class Parts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.get(name, {}) if name == "descent" else state[name])
+
+    def to(self, place: device) -> None:
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                part.to(place)
 
 
 def step_rng(seed: int, step: int) -> torch.Generator:
@@ -74,7 +74,10 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     decay = min(decay, (1 + step) / (10 + step))
     weights = zip(average.parameters(), network.parameters(), strict=True)
     for mean, current in weights:
-        mean.lerp_(current, 1.0 - decay)
+        if decay > 0:
+            mean.lerp_(current, 1.0 - decay)
+        else:
+            mean.copy_(current)
     buffers = zip(average.buffers(), network.buffers(), strict=True)
     for held, newest in buffers:
         held.copy_(newest)

@@ -16,6 +16,7 @@ from training.adversarial import (
     initialise,
     linear_decay,
 )
+from training.recipes.descent import Precision, autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Run:
     """The generator gives the difference to its source."""
     epoch_steps: int = 1
     """Steps that bring every training slice once."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     gradient_clip: float = 0.0
     """Largest norm of a gradient; 0: any."""
 
@@ -121,25 +122,22 @@ def build_discriminator(settings: Adversarial, channels: int, seed: int) -> nn.M
     return network.train()
 
 
-def translate(generator: Generator, source: Tensor, *, residual: bool, precision: str) -> Tensor:
+def judge(discriminator: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+    """The map of logits, float32."""
+    with autocast(precision, images):
+        judged = discriminator(images)
+    return torch.as_tensor(judged).float()
+
+
+def translate(
+    generator: Generator, source: Tensor, *, residual: bool, precision: Precision
+) -> Tensor:
     """The prediction for `source`, float32; with `residual` the generator gives the difference.
 
     The middle channel of several (neighbouring slices) is the slice that is predicted.
     """
-    with torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(precision, source):
         made = generator(source)
     made = torch.as_tensor(made).float()
     middle = source.shape[1] // 2
     return source[:, middle : middle + 1] + made if residual else made
-
-
-def backward(
-    loss: Tensor, optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module], clip: float
-) -> None:
-    """One step of `optimizer` down `loss`; `clip`: largest norm of the gradient, 0: any."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip > 0:
-        weights = [weight for network in networks for weight in network.parameters()]
-        nn.utils.clip_grad_norm_(weights, clip)
-    optimizer.step()

@@ -28,10 +28,11 @@ from training.recipes.adversarial import (
     Adversarial,
     Run,
     Training,
-    backward,
     build_discriminator,
+    judge,
     translate,
 )
+from training.recipes.descent import Descent
 from training.structure import (
     SpatialCorrelation,
     Vgg16,
@@ -72,6 +73,7 @@ class Aps(Parts):
         self.optimizer_d = self.training.adam([self.discriminator])
         self.optimizer_s = self.training.adam([self.features, self.correlation])
         self.pool = ImagePool(settings.pool)
+        self.descent = Descent(run.precision, run.gradient_clip)
         super().__init__(
             generator=self.generator,
             average=self.average,
@@ -82,6 +84,7 @@ class Aps(Parts):
             optimizer_d=self.optimizer_d,
             optimizer_s=self.optimizer_s,
             pool=self.pool,
+            descent=self.descent,
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
@@ -99,15 +102,13 @@ class Aps(Parts):
         # L_D = 1/2 [(D(y) - 1)^2 + D(G(x))^2]
         require_grad([self.discriminator], True)
         fake = self.pool.exchange(prediction, draw)
-        loss_d = discriminator_loss(
-            s.gan, self.discriminator(batch.target), self.discriminator(fake)
-        )
+        loss_d = discriminator_loss(s.gan, self._judge(batch.target), self._judge(fake))
         losses |= finite({"discriminator": loss_d}, step)
-        backward(loss_d, self.optimizer_d, [self.discriminator], self.run.gradient_clip)
+        self.descent(loss_d, self.optimizer_d, [self.discriminator], step)
 
         # L_G = L_adv + 100 L_pix + 10 L_str
         require_grad([self.discriminator, self.features, self.correlation], False)
-        judged = self.discriminator(prediction)
+        judged = self._judge(prediction)
         rows, columns = prediction.shape[-2:]
         weight = batch.weight * pixel_weight(judged, (rows, columns), s.pixel_map)
         terms = {
@@ -121,12 +122,15 @@ class Aps(Parts):
             terms["structure"] = s.structure_weight * mind_loss(source, prediction)
         losses |= finite(terms, step)
         loss_g = torch.stack(list(terms.values())).sum()
-        backward(loss_g, self.optimizer_g, [self.generator], self.run.gradient_clip)
+        self.descent(loss_g, self.optimizer_g, [self.generator], step)
         update_average(self.average, self.generator, s.ema_decay, step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
         return {"forward": self.average}
+
+    def _judge(self, images: Tensor) -> Tensor:
+        return judge(self.discriminator, images, self.run.precision)
 
     def _encoder_step(
         self, source: Tensor, prediction: Tensor, target: Tensor, draw: torch.Generator, step: int
@@ -141,5 +145,5 @@ class Aps(Parts):
         others = [other.roll(1, 1) for other in others]  # another query, whatever the shuffle
         loss = contrast_loss(pairs, others, self.settings.structure_temperature)
         losses = finite({"encoder": loss}, step)
-        backward(loss, self.optimizer_s, encoder, self.run.gradient_clip)
+        self.descent(loss, self.optimizer_s, encoder, step)
         return losses

@@ -1,17 +1,20 @@
 """From a configuration to its recipe: networks with their first weights, losses, optimisers."""
 
-from dicomnode.imaging.networks import Generator, build_generator
-from training.config import Data, TrainConfig, window_of
+from dicomnode.errors import ConfigError
+from dicomnode.imaging.intensity import Intensity
+from dicomnode.imaging.networks import Generator, build_classifier, build_generator
+from training.config import Classes, Data, Images, TrainConfig, window_of
 from training.recipes import Recipe
 from training.recipes.adversarial import Run
 from training.recipes.aps import Aps
+from training.recipes.classifier import Classify
 from training.recipes.cyclegan import CycleGan
 from training.recipes.gan_circle import GanCircle
 from training.recipes.pix2pix import Pix2Pix
 from training.recipes.supervised import Supervised
 from training.translation import fixed
 
-TWO_WAYS = {"cyclegan": CycleGan, "sccyclegan": CycleGan, "gan_circle": GanCircle}
+_TWO_WAYS = {"cyclegan": CycleGan, "sccyclegan": CycleGan, "gan_circle": GanCircle}
 
 
 def build_recipe(config: TrainConfig, epoch_steps: int = 1) -> Recipe:
@@ -25,25 +28,37 @@ def build_recipe(config: TrainConfig, epoch_steps: int = 1) -> Recipe:
         ConfigError: the settings do not fit the recipe.
     """
     settings, optimisation = config.adversarial, config.optimisation
-    if isinstance(config.data, Data):
-        unit = window_of(config).unit_per_network
-        return Supervised(_generator(config), optimisation, unit)
+    if isinstance(config.data, Classes):
+        network = build_classifier(config.generator.architecture, config.generator.options)
+        return Classify(network, optimisation, config.seed)
+    data = config.data
+    scale: Intensity
+    if isinstance(data, Data):
+        scale, residual, channels = window_of(config), True, 1
+    else:
+        scale, residual, channels = fixed(data.target.intensity), config.residual, data.channels
     if config.recipe == "supervised":
-        unit = fixed(config.data.target.intensity).unit_per_network
-        return Supervised(_generator(config), optimisation, unit, residual=config.residual)
+        unit = scale.unit_per_network
+        return Supervised(_generator(config), optimisation, unit, residual=residual)
     run = Run(
         config.seed,
-        config.residual,
+        residual,
         epoch_steps,
         optimisation.precision,
         optimisation.gradient_clip,
     )
-    if config.recipe in TWO_WAYS:
-        return TWO_WAYS[config.recipe](_generator(config), _generator(config), settings, run)
+    if config.recipe in _TWO_WAYS:
+        return _TWO_WAYS[config.recipe](_generator(config), _generator(config), settings, run)
     if config.recipe == "aps":
         return Aps(_generator(config), settings, run)
-    return Pix2Pix(_generator(config), settings, run, config.data.slices)
+    return Pix2Pix(_generator(config), settings, run, channels)
 
 
 def _generator(config: TrainConfig) -> Generator:
-    return build_generator(config.generator.architecture, config.generator.options)
+    generator = build_generator(config.generator.architecture, config.generator.options)
+    if isinstance(config.data, Images) and generator.slices != config.data.channels:
+        raise ConfigError(
+            f"generator.options: it takes {generator.slices} channels, data.slices and "
+            f"data.equalised give {config.data.channels}"
+        )
+    return generator

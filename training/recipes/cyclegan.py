@@ -18,16 +18,18 @@ from training.adversarial import (
     gradient_penalty,
     initialise,
     require_grad,
+    shares,
 )
 from training.recipes import Batch, Parts, average_of, step_rng, update_average
 from training.recipes.adversarial import (
     Adversarial,
     Run,
     Training,
-    backward,
     build_discriminator,
+    judge,
     translate,
 )
+from training.recipes.descent import Descent
 from training.structure import mind_loss
 
 
@@ -53,6 +55,7 @@ class CycleGan(Parts):
         self.optimizer_g = self.training.adam([self.g_ab, self.g_ba])
         self.optimizer_d = self.training.adam([self.d_a, self.d_b])
         self.pool_a, self.pool_b = ImagePool(settings.pool), ImagePool(settings.pool)
+        self.descent = Descent(run.precision, run.gradient_clip)
         super().__init__(
             g_ab=self.g_ab,
             g_ba=self.g_ba,
@@ -64,6 +67,7 @@ class CycleGan(Parts):
             optimizer_d=self.optimizer_d,
             pool_a=self.pool_a,
             pool_b=self.pool_b,
+            descent=self.descent,
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
@@ -75,19 +79,14 @@ class CycleGan(Parts):
         require_grad([self.d_a, self.d_b], False)
         terms = self._generator_terms(a, b, fake_a, fake_b)
         losses = finite(terms, step)
-        generators = [self.g_ab, self.g_ba]
-        backward(
-            torch.stack(list(terms.values())).sum(),
-            self.optimizer_g,
-            generators,
-            self.run.gradient_clip,
-        )
+        loss_g = torch.stack(list(terms.values())).sum()
+        self.descent(loss_g, self.optimizer_g, [self.g_ab, self.g_ba], step)
 
         require_grad([self.d_a, self.d_b], True)
-        loss_a = self._judge(self.d_a, a, self.pool_a.exchange(fake_a, draw), draw)
-        loss_b = self._judge(self.d_b, b, self.pool_b.exchange(fake_b, draw), draw)
+        loss_a = self._critic(self.d_a, a, self.pool_a.exchange(fake_a, draw), draw)
+        loss_b = self._critic(self.d_b, b, self.pool_b.exchange(fake_b, draw), draw)
         losses |= finite({"discriminator_a": loss_a, "discriminator_b": loss_b}, step)
-        backward(loss_a + loss_b, self.optimizer_d, [self.d_a, self.d_b], self.run.gradient_clip)
+        self.descent(loss_a + loss_b, self.optimizer_d, [self.d_a, self.d_b], step)
         for average, network in ((self.average_ab, self.g_ab), (self.average_ba, self.g_ba)):
             update_average(average, network, self.settings.ema_decay, step)
         return losses
@@ -103,8 +102,8 @@ class CycleGan(Parts):
     ) -> dict[str, Tensor]:
         """Every term of L_G, weighted."""
         s = self.settings
-        adversarial = generator_loss(s.gan, self.d_b(fake_b)) + generator_loss(
-            s.gan, self.d_a(fake_a)
+        adversarial = generator_loss(s.gan, self._judge(self.d_b, fake_b)) + generator_loss(
+            s.gan, self._judge(self.d_a, fake_a)
         )
         cycle = (self._translate(self.g_ba, fake_b) - a).abs().mean() + (
             self._translate(self.g_ab, fake_a) - b
@@ -123,12 +122,18 @@ class CycleGan(Parts):
             terms["structure"] = s.structure_weight * alike
         return terms
 
-    def _judge(
+    def _judge(self, discriminator: nn.Module, images: Tensor) -> Tensor:
+        return judge(discriminator, images, self.run.precision)
+
+    def _critic(
         self, discriminator: nn.Module, real: Tensor, fake: Tensor, draw: torch.Generator
     ) -> Tensor:
-        loss = discriminator_loss(self.settings.gan, discriminator(real), discriminator(fake))
-        if self.settings.gan == "wgangp":
-            share = torch.rand(len(real), generator=draw).to(real.device)
-            weight = self.settings.penalty_weight
-            loss = loss + gradient_penalty(discriminator, real, fake, share, weight)
+        """What D_A or D_B goes down."""
+        s = self.settings
+        loss = discriminator_loss(
+            s.gan, self._judge(discriminator, real), self._judge(discriminator, fake)
+        )
+        if s.gan == "wgangp":
+            at = shares(real, draw)
+            loss = loss + gradient_penalty(discriminator, real, fake, at, s.penalty_weight)
         return loss

@@ -17,16 +17,18 @@ from training.adversarial import (
     gradient_penalty,
     initialise,
     require_grad,
+    shares,
 )
 from training.recipes import Batch, Parts, average_of, step_rng, update_average
 from training.recipes.adversarial import (
     Adversarial,
     Run,
     Training,
-    backward,
     build_discriminator,
+    judge,
     translate,
 )
+from training.recipes.descent import Descent
 
 
 class Pix2Pix(Parts):
@@ -50,6 +52,7 @@ class Pix2Pix(Parts):
         self.optimizer_g = self.training.adam([self.generator])
         self.optimizer_d = self.training.adam([self.discriminator])
         self.pool = ImagePool(settings.pool)
+        self.descent = Descent(run.precision, run.gradient_clip)
         super().__init__(
             generator=self.generator,
             average=self.average,
@@ -57,6 +60,7 @@ class Pix2Pix(Parts):
             optimizer_g=self.optimizer_g,
             optimizer_d=self.optimizer_d,
             pool=self.pool,
+            descent=self.descent,
         )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
@@ -70,27 +74,28 @@ class Pix2Pix(Parts):
         require_grad([self.discriminator], True)
         real = self._judged(batch, batch.target)
         fake = self.pool.exchange(self._judged(batch, prediction), draw)
-        loss_d = discriminator_loss(s.gan, self.discriminator(real), self.discriminator(fake))
+        loss_d = discriminator_loss(s.gan, self._judge(real), self._judge(fake))
         if s.gan == "wgangp":
-            share = torch.rand(len(real), generator=draw).to(real.device)
-            loss_d = loss_d + gradient_penalty(
-                self.discriminator, real, fake, share, s.penalty_weight
-            )
+            at = shares(real, draw)
+            loss_d = loss_d + gradient_penalty(self.discriminator, real, fake, at, s.penalty_weight)
         losses = finite({"discriminator": loss_d}, step)
-        backward(loss_d, self.optimizer_d, [self.discriminator], self.run.gradient_clip)
+        self.descent(loss_d, self.optimizer_d, [self.discriminator], step)
 
         # L_G = D(x, G(x)) real + lambda |y - G(x)|
         require_grad([self.discriminator], False)
-        adversarial = generator_loss(s.gan, self.discriminator(self._judged(batch, prediction)))
+        adversarial = generator_loss(s.gan, self._judge(self._judged(batch, prediction)))
         pixel = (batch.weight * (prediction - batch.target).abs()).mean()
         loss_g = s.adversarial_weight * adversarial + s.pixel_weight * pixel
         losses |= finite({"adversarial": adversarial, "pixel": pixel, "generator": loss_g}, step)
-        backward(loss_g, self.optimizer_g, [self.generator], self.run.gradient_clip)
+        self.descent(loss_g, self.optimizer_g, [self.generator], step)
         update_average(self.average, self.generator, s.ema_decay, step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
         return {"forward": self.average}
+
+    def _judge(self, images: torch.Tensor) -> torch.Tensor:
+        return judge(self.discriminator, images, self.run.precision)
 
     def _judged(self, batch: Batch, image: torch.Tensor) -> torch.Tensor:
         return cat([batch.source, image], 1) if self.settings.discriminator.conditional else image

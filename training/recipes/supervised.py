@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from dicomnode.imaging.networks import Generator
 from training.adversarial import finite
-from training.config import Optimisation
 from training.losses import charbonnier, local_bias
 from training.recipes import Batch, Parts, average_of, update_average
 from training.recipes.adversarial import translate
+from training.recipes.descent import Descent
+from training.recipes.optimisation import Optimisation
 
 WARM_UP_STEPS = 200
 
@@ -39,7 +39,13 @@ class Supervised(Parts):
         self.settings = settings
         self.hu_per_unit, self.residual = hu_per_unit, residual
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.learning_rate)
-        super().__init__(generator=self.generator, average=self.average, optimizer=self.optimizer)
+        self.descent = Descent(settings.precision, settings.gradient_clip)
+        super().__init__(
+            generator=self.generator,
+            average=self.average,
+            optimizer=self.optimizer,
+            descent=self.descent,
+        )
 
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
@@ -54,10 +60,7 @@ class Supervised(Parts):
         bias = local_bias(error_hu)
         loss = fidelity + self.settings.bias_weight * bias
         losses = finite({"fidelity_hu": fidelity, "bias_hu": bias}, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.generator.parameters(), self.settings.gradient_clip)
-        self.optimizer.step()
+        self.descent(loss, self.optimizer, [self.generator], step)
         update_average(self.average, self.generator, self.settings.ema_decay, step)
         return losses
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dicomnode.imaging.engines.base import EngineError, Precision, Voxels
-from dicomnode.imaging.engines.hardware import cpu_features, cpu_words
+from dicomnode.imaging.engines.hardware import cpu_features, cpu_words, runs_well
+from dicomnode.imaging.engines.int8 import Limits, in_int8
 from dicomnode.imaging.engines.store import FormStore
 from dicomnode.imaging.engines.subpixel import without_transposed
 from dicomnode.imaging.networks import Generator
@@ -24,10 +25,11 @@ from dicomnode.imaging.networks import Generator
 if TYPE_CHECKING:
     from openvino import CompiledModel, Core
 
-HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""Number format of what is not in 8-bit integers; beside these bf16 where that gains."""
 KEPT_SIZES = 4
 """Compiled forms kept in memory: series of this many matrices take turns without compiling."""
-FORM = "1"
+FORM = "2"
 """Raise it when the way a generator is converted changes: forms on disk are then made again."""
 
 
@@ -46,10 +48,12 @@ class OpenVinoEngine:
         *,
         digest: str = "",
         store: FormStore | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """
         Args:
             digest: of the package; names its compiled forms in `store`.
+            limits: for int8: the convolutions it was calibrated for (see `engines.int8`).
 
         Raises:
             EngineError: openvino is not installed, or cannot run this.
@@ -66,9 +70,13 @@ class OpenVinoEngine:
         """How many forms were compiled from the generator, and how many came from the store."""
         self._version = str(openvino.get_version()).partition("-")[0]
         self._core: Core = openvino.Core()
-        self._generator, self._digest, self._store = generator, digest, store
+        self._digest, self._store = digest, store
+        self._generator, hint = generator, HINTS[precision]
+        if precision == "int8":
+            self._generator = in_int8(generator, limits or {})
+            hint = HINTS["bf16"] if runs_well("bf16", cpu_features()) else hint
         self._options = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
@@ -105,7 +113,8 @@ class OpenVinoEngine:
 
     def _key(self, shape: tuple[int, ...]) -> str:
         words = cpu_words(cpu_features())
-        return f"{FORM} {self._digest} {self._version} {self._options} {shape} {words}"
+        what = f"{self._digest} {self.precision}"
+        return f"{FORM} {what} {self._version} {self._options} {shape} {words}"
 
     def _restored(self, shape: tuple[int, ...]) -> "CompiledModel | None":
         form = self._store.read(self._key(shape)) if self._store and self._digest else None

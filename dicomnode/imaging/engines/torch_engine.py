@@ -4,18 +4,15 @@ The CUDA part follows PyTorch's documentation; it has not been run on a GPU yet.
 """
 
 import contextlib
-import copy
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dicomnode.imaging.engines.base import EngineError, Precision, Voxels
+from dicomnode.imaging.engines.subpixel import without_transposed
 from dicomnode.imaging.networks import Generator
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHANNELS_KEPT = 1024
@@ -36,12 +33,10 @@ class TorchEngine:
         if precision not in DTYPES:
             raise EngineError(f"torch does not run {precision}")
         self.precision: Precision = precision
-        self.halved = 0
-        """How often a batch was halved because memory ran out."""
         self._dtype = DTYPES[precision]
         try:
             self._device = torch.device(device)
-            own = generator if self._is_reference() else copy.deepcopy(generator)
+            own = generator if self._is_reference() else without_transposed(generator)
             self._generator = own.to(self._device).eval()
             if not self._is_reference():
                 self._generator = self._generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -61,16 +56,10 @@ class TorchEngine:
         return max(1, min(LARGEST_BATCH, int(free * SHARE_OF_FREE_MEMORY) // each))
 
     def run(self, x: Voxels) -> Voxels:
-        """See `Engine.run`. On a GPU a batch is halved when memory runs out, down to one.
-
-        Raises:
-            torch.OutOfMemoryError: not even one fits.
-        """
+        """See `Engine.run`."""
         if self._device.type == "cpu":  # kernels of another batch size may round otherwise
             return np.concatenate([self._run(one) for one in np.split(x, len(x))])
-        result, halved = run_halving(self._run, x)
-        self.halved += halved
-        return result
+        return self._run(x)
 
     @torch.inference_mode()
     def _run(self, x: Voxels) -> Voxels:
@@ -105,22 +94,3 @@ class TorchEngine:
             if self.precision != "fp32":
                 stack.enter_context(torch.autocast(self._device.type, self._dtype))
             yield
-
-
-def run_halving(run: Callable[[Voxels], Voxels], x: Voxels) -> tuple[Voxels, int]:
-    """`run` of all of `x`, in halves where memory runs out; and how often it did.
-
-    Raises:
-        torch.OutOfMemoryError: not even one fits.
-    """
-    try:
-        return run(x), 0
-    except torch.OutOfMemoryError:
-        if len(x) == 1:
-            raise
-    if torch.cuda.is_available():  # outside the handler: its traceback would keep the memory
-        torch.cuda.empty_cache()
-    half = len(x) // 2
-    log.warning("out of memory: a batch of %d is now two", len(x))
-    (first, once), (second, again) = run_halving(run, x[:half]), run_halving(run, x[half:])
-    return np.concatenate([first, second]), 1 + once + again

@@ -1,14 +1,22 @@
-"""The generators a model package may name, and how one is applied to slices."""
+"""The generators and classifiers a package may name, and how one is applied to slices."""
 
 from dicomnode.imaging.networks.apply import (
     PADDING_MODES,
     Scale,
     pad_to_multiple,
+    run_batch,
     run_generator,
     run_slices,
     run_tiled,
 )
-from dicomnode.imaging.networks.base import Generator
+from dicomnode.imaging.networks.base import Classifier, Generator
+from dicomnode.imaging.networks.classifiers import (
+    CLASSIFIERS,
+    as_squares,
+    build_classifier,
+    plan_classifier,
+    probabilities_of,
+)
 from dicomnode.imaging.networks.registry import (
     GENERATORS,
     build_generator,
@@ -18,16 +26,23 @@ from dicomnode.imaging.networks.registry import (
 from dicomnode.imaging.networks.upstream import load_upstream, read_pth
 
 __all__ = [
+    "CLASSIFIERS",
     "GENERATORS",
     "PADDING_MODES",
+    "Classifier",
     "Generator",
     "Scale",
+    "as_squares",
+    "build_classifier",
     "build_generator",
     "count_weights",
     "load_upstream",
     "pad_to_multiple",
+    "plan_classifier",
     "plan_generator",
+    "probabilities_of",
     "read_pth",
+    "run_batch",
     "run_generator",
     "run_slices",
     "run_tiled",

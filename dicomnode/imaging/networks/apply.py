@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
+from dicomnode.imaging.equalise import Equalisation, with_equalised
 from dicomnode.imaging.networks.base import Generator
 
 PADDING_MODES = ("reflect", "replicate", "air")
@@ -36,6 +37,7 @@ def run_generator(
     residual: bool,
     padding: str = "reflect",
     device: str = "cpu",
+    extra: Equalisation | None = None,
 ) -> Voxels:
     """Apply `generator` to each slice of `voxels`, in float32: the reference of every engine.
 
@@ -48,9 +50,9 @@ def run_generator(
         y: Voxels = generator(torch.from_numpy(x).to(device)).float().cpu().numpy()
         return y
 
-    grid = (generator.slices, generator.multiple)
+    grid = (generator.slices - (extra is not None), generator.multiple)
     scales = (source_scale, result_scale)
-    return run_slices(run, voxels, *scales, grid, residual=residual, padding=padding)
+    return run_slices(run, voxels, *scales, grid, residual=residual, padding=padding, extra=extra)
 
 
 def run_slices(
@@ -63,6 +65,7 @@ def run_slices(
     residual: bool,
     padding: str = "reflect",
     batch: int = 1,
+    extra: Equalisation | None = None,
 ) -> Voxels:
     """Apply `run` to each slice of `voxels` with its neighbours.
 
@@ -73,28 +76,56 @@ def run_slices(
         grid: slices that go in together, odd, and what rows and columns must be a multiple of. At
             the ends of the volume the last slice stands in for those beyond.
         batch: results per call of `run`; one is as fast as many on a CPU.
+        extra: the middle slice goes in once more, equalised so, as the first channel.
 
     Raises:
         PackageError: the slices are too small to be padded as the model was trained.
     """
-    count, rows, columns = voxels.shape
-    slices, multiple = grid
+    count, slices = len(voxels), grid[0]
     around = np.arange(-(slices // 2), slices - slices // 2)
+    scales = (source_scale, result_scale)
     result = np.empty_like(voxels)
     for start in range(0, count, batch):
         index = np.arange(start, min(start + batch, count))
-        window = np.clip(index[:, None] + around, 0, count - 1)
-        x = pad_to_multiple(source_scale.to_network(voxels[window]), multiple, padding)
-        y = run(np.ascontiguousarray(x, np.float32))
-        if y.shape != (len(index), 1, *x.shape[2:]):
-            raise PackageError(f"the generator made {y.shape} of {x.shape}: one result per slice")
-        change = y[:, 0, :rows, :columns]
-        if residual:
-            unit = np.float32(result_scale.unit_per_network)
-            result[index] = voxels[index] + change * unit
-        else:
-            result[index] = result_scale.from_network(change)
+        window = voxels[np.clip(index[:, None] + around, 0, count - 1)]
+        result[index] = run_batch(
+            run, window, *scales, grid[1], residual=residual, padding=padding, extra=extra
+        )
     return result
+
+
+def run_batch(
+    run: Run,
+    window: Voxels,
+    source_scale: Scale,
+    result_scale: Scale,
+    multiple: int,
+    *,
+    residual: bool,
+    padding: str = "reflect",
+    extra: Equalisation | None = None,
+) -> Voxels:
+    """Apply `run` once.
+
+    (batch, slices, rows, columns), float32, physical unit: each slice between its neighbours ->
+    (batch, rows, columns), float32, physical unit. `multiple` of rows and columns; the rest as of
+    `run_slices`.
+
+    Raises:
+        PackageError: the slices are too small to be padded as the model was trained.
+    """
+    rows, columns = window.shape[2:]
+    x = source_scale.to_network(window)
+    x = pad_to_multiple(with_equalised(x, extra) if extra else x, multiple, padding)
+    y = run(np.ascontiguousarray(x, np.float32))
+    if y.shape != (len(window), 1, *x.shape[2:]):
+        raise PackageError(f"the generator made {y.shape} of {x.shape}: one result per slice")
+    change = y[:, 0, :rows, :columns]
+    if not residual:
+        return result_scale.from_network(change)
+    unit = np.float32(result_scale.unit_per_network)
+    middle: Voxels = window[:, window.shape[1] // 2]
+    return middle + change * unit
 
 
 def pad_to_multiple(x: Voxels, multiple: int, mode: str) -> Voxels:
@@ -121,9 +152,10 @@ def run_tiled(run: Run, cut: tuple[int, int, int], x: Voxels) -> Voxels:
     """Apply `run` to tiles of a size where a slice is larger, and put the middles together.
 
     Exact where the overlap covers the receptive field and nothing looks at the whole slice: every
-    result is the same sum of the same products. (Another kernel may add them in another order for
-    another size, which moves the last bit.) Every tile starts at a multiple, so that strides fall
-    alike; at the edges of the slice a tile ends where the slice ends.
+    result is the same sum of the same products, and, with tiles no smaller than the manifest
+    allows, in the same order: no bit differs from the whole slice (tests/test_engines.py, every
+    engine). Every tile starts at a multiple, so that strides fall alike; at the edges of the slice
+    a tile ends where the slice ends.
 
     Args:
         cut: overlap of neighbouring tiles, largest side of a tile, and the multiple; in pixels.

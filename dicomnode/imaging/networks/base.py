@@ -27,10 +27,33 @@ class Generator(nn.Module):
     view, on the matrix and on air around the patient."""
     slices: int = 1
     """Neighbouring slices that go in; the middle one comes out."""
+    tiles_exactly: bool = False
+    """Whether a tile has the bits of the whole slice in every engine: shown by tests."""
+
+
+class Classifier(nn.Module):
+    """A network (batch, channels, rows, columns) -> (batch, classes), float32: logits."""
+
+    smallest: int = 1
+    """Images with fewer rows or columns leave nothing of themselves."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        """`channels`: of the image; a grey one goes into each of three.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        super().__init__()
+        check(2 <= classes <= 10000, "classes: from 2 to 10000")
+        check(channels in (1, 3), "channels: 1 or 3")
+        self.classes, self.channels = classes, channels
 
 
 def centre_slice(x: Tensor) -> Tensor:
-    """(batch, slices, rows, columns) -> the middle slice, (batch, 1, rows, columns)."""
+    """(batch, slices, rows, columns) -> the middle slice, (batch, 1, rows, columns).
+
+    Of an even number the first is a channel more (imaging.equalise), and the rest are slices.
+    """
     middle = x.shape[1] // 2
     return x[:, middle : middle + 1]
 
@@ -70,7 +93,7 @@ def check_common(slices: int, outputs: int, head: str, norm: str) -> None:
     check(norm in get_args(Norm), f"norm: {norm!r} is not one of {', '.join(get_args(Norm))}")
     check(1 <= slices <= 31, "slices: from 1 to 31")
     check(1 <= outputs <= 31, "outputs: from 1 to 31")
-    check(head != "residual" or (outputs == 1 and slices % 2 == 1), "head: residual has a centre")
+    check(head != "residual" or outputs == 1, "head: residual has one output")
 
 
 def check(holds: bool, message: str) -> None:

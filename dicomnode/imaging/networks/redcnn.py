@@ -12,11 +12,16 @@ class RedCnn(Generator):
     (batch, 1, rows, columns), float32 -> the same shape. Its own shortcut adds the input.
     """
 
-    def __init__(self, width: int = 96, last_relu: bool = False) -> None:
-        """`last_relu`: the paper's last ReLU, for intensities that are never negative."""
+    def __init__(self, width: int = 96, last_relu: bool = False, shortcut: bool = True) -> None:
+        """Options as a package names them.
+
+        Args:
+            last_relu: the paper's last ReLU, for intensities that are never negative.
+            shortcut: False: the input is not added here, for packages whose result is a difference.
+        """
         super().__init__()
         check(1 <= width <= 512, "width: from 1 to 512")
-        self.last_relu = last_relu
+        self.last_relu, self.shortcut = last_relu, shortcut
         self.receptive_field = 41
         self.conv1 = nn.Conv2d(1, width, 5)
         self.conv2, self.conv3 = nn.Conv2d(width, width, 5), nn.Conv2d(width, width, 5)
@@ -33,5 +38,6 @@ class RedCnn(Generator):
         up = self.tconv1(F.relu(self.conv5(fourth))) + fourth
         up = self.tconv3(F.relu(self.tconv2(F.relu(up)))) + second
         up = F.relu(self.tconv4(F.relu(up)))
-        result = x + in_float32(self.tconv5, up)
+        result = in_float32(self.tconv5, up)
+        result = x + result if self.shortcut else result
         return F.relu(result) if self.last_relu else result

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import device
+from torch import device, nn
 
 from dicomnode.errors import PackageError
 from dicomnode.imaging.networks.base import Generator
@@ -15,6 +15,7 @@ from dicomnode.imaging.networks.resnet import ResNet
 from dicomnode.imaging.networks.students import UnshuffleResNet
 from dicomnode.imaging.networks.unet import UNet
 
+_N = TypeVar("_N", bound=nn.Module)
 GENERATORS: Mapping[str, Callable[..., Generator]] = {
     "residual_denoiser": ResidualDenoiser,
     "identity": Identity,
@@ -52,22 +53,41 @@ def plan_generator(architecture: str, options: Mapping[str, Any]) -> Generator:
     Raises:
         PackageError: as `build_generator`; or it would have more weights than a package may.
     """
-    if architecture not in GENERATORS:
-        known = ", ".join(sorted(GENERATORS))
-        raise PackageError(f"generator.architecture: no {architecture!r}; known: {known}")
+    return plan_network(GENERATORS, "generator", architecture, options, MOST_WEIGHTS)
+
+
+def plan_network(
+    table: Mapping[str, Callable[..., _N]],
+    key: str,
+    architecture: str,
+    options: Mapping[str, Any],
+    most_weights: int,
+) -> _N:
+    """A network of `table` in eval mode, on torch's `meta` device.
+
+    Args:
+        key: of the manifest, for messages: generator or network.
+
+    Raises:
+        PackageError: there is no such network, it does not take these options, or it would have
+            more weights than `most_weights`.
+    """
+    if architecture not in table:
+        known = ", ".join(sorted(table))
+        raise PackageError(f"{key}.architecture: no {architecture!r}; known: {known}")
     try:
         with device("meta"):
-            plan = GENERATORS[architecture](**options).eval()
+            plan = table[architecture](**options).eval()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PackageError(f"generator.options of {architecture}: {error}") from error
+        raise PackageError(f"{key}.options of {architecture}: {error}") from error
     weights = count_weights(plan)
-    if weights > MOST_WEIGHTS:
+    if weights > most_weights:
         raise PackageError(
-            f"generator.options of {architecture}: {weights} weights; at most {MOST_WEIGHTS}"
+            f"{key}.options of {architecture}: {weights} weights; at most {most_weights}"
         )
     return plan
 
 
-def count_weights(generator: Generator) -> int:
+def count_weights(network: nn.Module) -> int:
     """Trained numbers; running statistics and fixed filters are not among them."""
-    return sum(parameter.numel() for parameter in generator.parameters())
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -34,6 +34,7 @@ class ResidualDenoiser(Generator):
         self.centre = centre
         self.gain = gain
         self.multiple = shuffle
+        self.tiles_exactly = True
         self.receptive_field = 2 * (shuffle * (3 + 2 * blocks) - 1) + 1
         self.first = nn.Conv2d(shuffle**2, width, 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
@@ -63,12 +64,16 @@ class _Block(nn.Module):
 class Identity(Generator):
     """Returns its input. With intensity ``none`` the whole path must give back every value."""
 
+    tiles_exactly = True
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class Affine(Generator):
     """scale * x + offset, in the unit the intensity leaves: a model whose result is known."""
+
+    tiles_exactly = True
 
     def __init__(self, scale: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()

@@ -54,6 +54,7 @@ class ResNet(Generator):
         check(1 <= blocks <= 64 and 1 <= width <= 512, "blocks, width: out of range")
         levels = 2 if downsample else 0
         self.slices, self.head, self.uses_statistics = slices, head, norm == "instance"
+        self.tiles_exactly = not self.uses_statistics
         self.multiple = 2**levels
         self.receptive_field = _receptive_field(blocks, levels, antialias)
         bias = norm != "batch"

@@ -36,6 +36,7 @@ class UnshuffleResNet(Generator):
         check(1 <= shuffle <= 16, "shuffle: from 1 to 16")
         self.slices, self.head, self.uses_statistics = slices, head, norm == "instance"
         self.multiple = self.shuffle = shuffle
+        self.tiles_exactly = not self.uses_statistics
         self.receptive_field = 2 * (shuffle * (3 + 2 * blocks) - 1) + 1
         bias, area = norm != "batch", shuffle**2
         self.first = nn.Conv2d(slices * area, width, 3, padding=1)

@@ -1,0 +1,27 @@
+"""How a generator is fitted: settings that the recipes share."""
+
+from dataclasses import dataclass
+
+from training.recipes.descent import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Optimisation:
+    """How the generator is fitted."""
+
+    steps: int
+    batch_size: int = 16
+    patch: int = 96
+    """Side of a training patch, pixels; a multiple of the generator's."""
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    charbonnier_hu: float = 10.0
+    """Below this error, in HU, the loss is quadratic, above it is linear."""
+    bias_weight: float = 0.5
+    """Weight of the mean error of 16 x 16 pixel squares."""
+    ema_decay: float = 0.999
+    """The package holds this running mean of the weights."""
+    gradient_clip: float = 1.0
+    """Largest norm of a gradient; 0: any."""
+    precision: Precision = "fp32"
+    """bf16, fp16: the middle of the networks only; losses, first and last layer stay fp32."""
