@@ -111,7 +111,11 @@ def _package(config_path: Path, model: str | None) -> ModelPackage:
     config = load_config(config_path)
     if not config.routes:
         raise ConfigError(f"{config_path}: no routes; the demo needs one that takes its series")
-    return read_package(config.models_dir / (model or config.routes[0].model))
+    path = config.models_dir / (model or config.routes[0].model)
+    if not path.is_dir():
+        there = ", ".join(sorted(p.parent.name for p in config.models_dir.glob("*/manifest.yaml")))
+        raise ConfigError(f"no model package {path.name} in {config.models_dir}; there: {there}")
+    return read_package(path)
 
 
 def _phantom(folder: Path, task: str) -> list[Path]:

@@ -79,7 +79,7 @@ class Dispatcher:
         try:
             worker = self._ready_worker()
             if worker is None:
-                return not self._packages
+                return bool(self._packages)  # they are loading; without any nothing will come
             self._hand_over(worker)
             if not self._running:
                 for arriving in self._expectation.news():

@@ -111,16 +111,26 @@ def test_a_folder_without_dicom_is_an_error_in_plain_words(config: Path, tmp_pat
     assert "no DICOM instances" in errors
 
 
-def test_a_node_that_does_not_start_says_why(config: Path, tmp_path: Path) -> None:
+def test_a_configuration_that_is_wrong_is_named(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     for number, dataset in enumerate(ct_series(2)):
         dataset.save_as(folder / f"{number}", enforce_file_format=True)
-    demo = _start(config, "--dicom", str(folder), "--model", "absent")
+    damaged = tmp_path / "config.yaml"
+    text = config.read_text().replace("  received_hours: ", "  kept_hours: ")
+    damaged.write_text(text)
+    demo = _start(damaged, "--dicom", str(folder))
     _, errors = demo.communicate(timeout=60)
     assert demo.returncode == 1
-    assert "did not start" in errors
-    assert "absent" in errors
+    assert "kept_hours" in errors
+
+
+def test_a_model_that_is_not_there_is_named_with_those_that_are(config: Path) -> None:
+    demo = _start(config, "--model", "absent")
+    _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "no model package absent" in errors
+    assert "identity" in errors
 
 
 def test_a_demo_that_is_told_to_stop_takes_its_node_along(config: Path, tmp_path: Path) -> None:

@@ -151,7 +151,11 @@ def test_a_manifest_with_percentiles_reads_back_equal() -> None:
     [
         ("low: 1.0", "low: 99.5", r"percentiles 99\.5 and 99"),
         ("low: 1.0", "lower: 1.0", r"manifest\.input\.intensity: unknown keys: lower"),
-        ("kind: percentiles", "kind: median", "'median' is not one of: window, none, percentiles"),
+        (
+            "kind: percentiles",
+            "kind: median",
+            "'median' is not one of: window, none, equalised, percentiles",
+        ),
         ("unit: AU", "unit: HU", "HU has a scale; use a window"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -254,6 +255,21 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_to_the_bit(
     path = write_config(root, tmp_path, recipe="aps")
     whole = run(path)
     config = replace(load_config(path), runs=str(tmp_path / "other"))
+    spawn = multiprocessing.get_context("spawn")  # the process that runs the tests gets no signal
+    child = spawn.Process(target=_run_to_a_signal, args=(path, config.runs, number))
+    child.start()
+    child.join(240)
+    assert child.exitcode == 0
+    material = load_material(config)
+    assert train.fit(build_recipe(config), material, config, read_settings(path)) == 4
+    ours, theirs = weights_in(whole), weights_in(config)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def _run_to_a_signal(path: Path, runs: str, number: signal.Signals) -> None:
+    """Train in this process, which is sent the signal in its second step."""
+    config = replace(load_config(path), runs=runs)
+    torch.set_num_threads(config.threads)
     material = load_material(config)
 
     class Signalled(type(material)):  # type: ignore[misc]
@@ -262,14 +278,10 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_to_the_bit(
                 os.kill(os.getpid(), number)
             return super().batch(step)  # type: ignore[no-any-return]
 
-    signalled = Signalled(config, config.data)
-    before, settings = signal.getsignal(number), read_settings(path)
+    signalled, before = Signalled(config, config.data), signal.getsignal(number)
     torch.manual_seed(config.seed)
-    assert train.fit(build_recipe(config), signalled, config, settings) == 2
+    assert train.fit(build_recipe(config), signalled, config, read_settings(path)) == 2
     assert signal.getsignal(number) == before
-    assert train.fit(build_recipe(config), material, config, settings) == 4
-    ours, theirs = weights_in(whole), weights_in(config)
-    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 def test_a_run_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
