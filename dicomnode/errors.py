@@ -8,6 +8,7 @@
     │   ├── DataSetMismatch      0xA900
     │   ├── CannotUnderstand     0xC000
     │   └── DuplicateInstance    0x0111
+    ├── ProtocolError          a peer breaks PS3.7 or PS3.8; the association is aborted
     ├── OperationRefused       a DIMSE-N request answered with a failure status
     ├── SeriesRefused          a stored series that must not be translated, and why
     ├── PackageError           a model package is damaged or does not fit
@@ -66,6 +67,10 @@ class DuplicateInstance(InstanceRefused):
     """Another instance of the same SOP Instance UID is stored (PS3.7 C.5.6)."""
 
     status = 0x0111
+
+
+class ProtocolError(DicomNodeError):
+    """What a peer sent is no message of PS3.7 or PS3.8; the upper layer aborts the association."""
 
 
 class OperationRefused(DicomNodeError):

@@ -95,12 +95,6 @@ class Journal:
                 .values(ended=now, how="lost")
             )
 
-    def interrupt(self, series_uid: str) -> None:
-        """Note that this node stopped while a sender was busy with the series."""
-        mine = t.series.c.series_uid == series_uid
-        with self._db.write() as db:
-            db.execute(t.series.update().where(mine, t.series.c.open).values(interrupted=True))
-
     # instances
 
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:

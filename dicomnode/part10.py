@@ -95,25 +95,44 @@ def read_header(path: Path, tags: Collection[int]) -> Dataset:
             them takes too much.
         OSError: the file cannot be read.
     """
-    wanted = {_CHARACTER_SET, *tags}
-    last = max(wanted)
-    header = Dataset()
     with path.open("rb") as file:
         syntax = _read_syntax(file)
-        elements = _data_set(file, syntax)
-        for tag, vr, length in elements:
-            if tag > last:
-                break
-            if tag not in wanted:
-                elements.skip(length)
-            elif tag in header:
-                raise CannotUnderstand("an attribute is there twice")
-            else:
-                header[BaseTag(tag)] = elements.value(tag, vr, length)
-    header.set_original_encoding(elements.implicit, elements.little, elements.character_set)
+        header, _ = _collect(_data_set(file, syntax), tags)
     header.file_meta = FileMetaDataset()
     header.file_meta.TransferSyntaxUID = UID(syntax)
     return header
+
+
+def read_head(head: bytes, syntax: str, tags: Collection[int]) -> Dataset | None:
+    """As `read_header`, of the first bytes of a data set; None: the answer is not in them."""
+    if syntax == DeflatedExplicitVRLittleEndian:
+        return None
+    implicit = syntax == ImplicitVRLittleEndian and head[4:6] not in _VRS
+    little = syntax != ExplicitVRBigEndian
+    try:
+        header, beyond = _collect(_Elements(io.BytesIO(head), len(head), implicit, little), tags)
+    except CannotUnderstand:  # perhaps only because the rest is missing
+        return None
+    return header if beyond else None
+
+
+def _collect(elements: "_Elements", tags: Collection[int]) -> tuple[Dataset, bool]:
+    """The attributes asked for, and whether there was an element after the last of them."""
+    wanted = {_CHARACTER_SET, *tags}
+    last = max(wanted)
+    header, beyond = Dataset(), False
+    for tag, vr, length in elements:
+        if tag > last:
+            beyond = True
+            break
+        if tag not in wanted:
+            elements.skip(length)
+        elif tag in header:
+            raise CannotUnderstand("an attribute is there twice")
+        else:
+            header[BaseTag(tag)] = elements.value(tag, vr, length)
+    header.set_original_encoding(elements.implicit, elements.little, elements.character_set)
+    return header, beyond
 
 
 def read_instances(
@@ -265,7 +284,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
     The caller takes or skips the value of each before it asks for the next.
     """
 
-    def __init__(self, file: io.BufferedReader, size: int, implicit: bool, little: bool) -> None:
+    def __init__(self, file: IO[bytes], size: int, implicit: bool, little: bool) -> None:
         """`size`: of the file, bytes; -1: unknown, and it cannot seek."""
         self._file, self._size = file, size
         self.implicit, self.little = implicit, little

@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import IO
 
-from dicomnode.errors import ConfigError
+from dicomnode.errors import ConfigError, InstanceRefused
 from dicomnode.jobs import Jobs
 from dicomnode.journal import Journal
-from dicomnode.scp import adopt
+from dicomnode.scp import read_arrival_header
 from dicomnode.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,27 @@ def recover(spool: Spool, journal: Journal, jobs: Jobs, now: float) -> None:
     spool.prepare()
     journal.recover(now)
     jobs.recover(now)
-    for part, kept in spool.leftovers():
-        if kept and adopt(part, journal, now):
-            log.info("adopted an instance that was stored but not journalled at the stop")
-        part.unlink()
+    unsaid = []
+    for part, placed in spool.leftovers():
+        if placed and not _is_journalled(part, journal):
+            unsaid.append(part)
+        else:
+            part.unlink()
+    if unsaid:
+        spool.drop(unsaid)
+        words = "removed %d instances that the stop kept from being acknowledged"
+        log.info(words, len(unsaid))
+
+
+def _is_journalled(part: Path, journal: Journal) -> bool:
+    """Was this instance acknowledged, or about to be?
+
+    Where it was not its sender will send it again, and its file may have been cut off by a power
+    failure: the journal knows an instance only when its file is durable.
+    """
+    try:
+        header = read_arrival_header(part)
+    except (InstanceRefused, OSError):
+        return False
+    known = journal.known(str(header.get("SOPInstanceUID")))
+    return known is not None and known[0] == header.get("SeriesInstanceUID") and not known[2]

@@ -227,7 +227,7 @@ def _mark_received(
 ) -> bool:
     """Mark a source series for removal, if it may (still) go."""
     i = t.instances.c
-    with database.write() as db:  # the rows first: a file without a row would be adopted
+    with database.write() as db:  # the rows first: they must not promise a file that is gone
         if db.execute(may_go.where(t.series.c.series_uid == uid)).one_or_none() is None:
             return False  # an instance came meanwhile
         mine = i.series_uid == uid

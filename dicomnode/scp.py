@@ -33,9 +33,9 @@ from dicomnode.errors import (
 from dicomnode.expected import EXPECTED_KEYWORDS, expected_values
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
-from dicomnode.part10 import MALFORMED, read_header
+from dicomnode.part10 import MALFORMED, read_head, read_header
 from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
-from dicomnode.spool import Spool, checked_uid, dataset_digest
+from dicomnode.spool import OneByOne, Spool, checked_uid, dataset_digest
 from dicomnode.upper_layer import (
     Identity,
     Library,
@@ -105,6 +105,7 @@ class StorageScp:
         self._open: dict[object, _Open] = {}
         self._lock = threading.Lock()
         self._parts = itertools.count()
+        self._one_by_one = OneByOne()
         limits = Limits(max_pdu_bytes=config.node.max_pdu_bytes)
         self._listener = Listener(
             (config.node.bind, config.node.port),
@@ -217,10 +218,12 @@ class StorageScp:
         metrics.instances_received.labels(self._opened(requestor).peer, f"0x{status:04X}").inc()
 
     def _keep(self, received: Received, opened: _Open) -> None:
-        arrival = self._arrival(received, opened)
-        now = time.time()
-        if arrival.association is not None:
-            self._carriers.carries(arrival.association, arrival.series_uid)
+        arrival, number = self._arrival(received, opened)
+        self._carriers.carries(number, arrival.series_uid)
+        with self._one_by_one.turn(arrival.sop_instance_uid):
+            self._keep_in_turn(received, arrival, time.time())
+
+    def _keep_in_turn(self, received: Received, arrival: Arrival, now: float) -> None:
         known = self._journal.known(arrival.sop_instance_uid)
         if known is not None and (known[0], known[1]) != (arrival.series_uid, arrival.sha256):
             self._refuse_other(received.part, arrival, now)
@@ -229,18 +232,14 @@ class StorageScp:
             if kept is None:
                 self._adopt_or_refuse(received.part, arrival, now)
         late = self._config.series.on_late_instances
-        try:
-            if self._journal.record_instance(arrival, now, late=late):
-                metrics.bytes_received.inc(received.file_size)
-            elif not self._spool.path(arrival.series_uid, arrival.sop_instance_uid).is_file():
-                # retention deleted it before its row said that it is wanted again; now it does
-                self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
-        except DuplicateInstance:  # another association was faster, with another series
-            self._spool.path(arrival.series_uid, arrival.sop_instance_uid).unlink(missing_ok=True)
-            self._refuse_other(received.part, arrival, now)
+        if self._journal.record_instance(arrival, now, late=late):
+            metrics.bytes_received.inc(received.file_size)
+        elif not self._spool.path(arrival.series_uid, arrival.sop_instance_uid).is_file():
+            # retention deleted it before its row said that it is wanted again; now it does
+            self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
 
     def _adopt_or_refuse(self, part: Path, arrival: Arrival, now: float) -> None:
-        """A file is there without a row: the same instance on another association, or another."""
+        """A file is there that its row calls deleted, or without a row."""
         there = self._spool.path(arrival.series_uid, arrival.sop_instance_uid)
         if dataset_digest(there)[0] != arrival.sha256:
             self._refuse_other(part, arrival, now)
@@ -250,8 +249,10 @@ class StorageScp:
         self._journal.record_conflict(arrival, now)
         raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
 
-    def _arrival(self, received: Received, opened: _Open) -> Arrival:
-        header = read_arrival_header(received.part)
+    def _arrival(self, received: Received, opened: _Open) -> tuple[Arrival, int]:
+        """What the journal is to keep, and the association's number in it."""
+        head = read_head(received.head, received.transfer_syntax_uid, _ARRIVAL_TAGS)
+        header = read_arrival_header(received.part) if head is None else _decoded(head)
         sop_class = checked_uid(header.get("SOPClassUID"), "SOPClassUID")
         sop_instance = checked_uid(header.get("SOPInstanceUID"), "SOPInstanceUID")
         if sop_class != received.sop_class_uid:
@@ -263,13 +264,22 @@ class StorageScp:
             opened.number = self._journal.begin_association(
                 who.calling_ae, who.called_ae, who.host, time.time()
             )
-        return arrival_of(
-            header,
-            received.transfer_syntax_uid,
-            (received.sha256, received.file_size),
-            (who.calling_ae, who.called_ae),
-            opened.number,
+        arrival = Arrival(
+            sop_instance_uid=sop_instance,
+            series_uid=checked_uid(header.get("SeriesInstanceUID"), "SeriesInstanceUID"),
+            study_uid=checked_uid(header.get("StudyInstanceUID"), "StudyInstanceUID"),
+            modality=str(header.get("Modality") or "")[:16],
+            sop_class_uid=sop_class,
+            transfer_syntax_uid=received.transfer_syntax_uid,
+            sha256=received.sha256,
+            size=received.file_size,
+            calling_ae=who.calling_ae,
+            called_ae=who.called_ae,
+            association=opened.number,
+            plane=plane_of(header),
+            expected=expected_values(header),
         )
+        return arrival, opened.number
 
     # what pynetdicom serves: associations that ask for more than Storage and Verification
 
@@ -332,58 +342,6 @@ def _secure(config: NodeConfig, limits: Limits) -> Callable[[Any], Any] | None:
     return lambda connection: tls.wrap(connection, reloader.context(), limits.artim_seconds)
 
 
-def arrival_of(
-    header: Dataset,
-    transfer_syntax_uid: str,
-    digest_and_size: tuple[str, int],
-    titles: tuple[str, str],
-    association: int | None,
-) -> Arrival:
-    """What the journal keeps of an instance.
-
-    Args:
-        titles: calling and called AE title.
-        association: its row in the journal; None: not known any more.
-
-    Raises:
-        CannotUnderstand: a UID is missing or not valid.
-    """
-    return Arrival(
-        sop_instance_uid=checked_uid(header.get("SOPInstanceUID"), "SOPInstanceUID"),
-        series_uid=checked_uid(header.get("SeriesInstanceUID"), "SeriesInstanceUID"),
-        study_uid=checked_uid(header.get("StudyInstanceUID"), "StudyInstanceUID"),
-        modality=str(header.get("Modality") or "")[:16],
-        sop_class_uid=checked_uid(header.get("SOPClassUID"), "SOPClassUID"),
-        transfer_syntax_uid=transfer_syntax_uid,
-        sha256=digest_and_size[0],
-        size=digest_and_size[1],
-        calling_ae=titles[0],
-        called_ae=titles[1],
-        association=association,
-        plane=plane_of(header),
-        expected=expected_values(header),
-    )
-
-
-def adopt(path: Path, journal: Journal, now: float) -> bool:
-    """Journal a kept file that may have no row: the node was stopped between file and row.
-
-    It was never acknowledged, so its sender will send it again; keeping it loses nothing either.
-    False if it is known, or cannot be read.
-    """
-    try:
-        header = read_arrival_header(path)
-        syntax = str(header.file_meta.get("TransferSyntaxUID", ""))
-        arrival = arrival_of(header, syntax, dataset_digest(path), ("", ""), None)
-    except InstanceRefused:
-        return False
-    if journal.known(arrival.sop_instance_uid) is not None:
-        return False
-    journal.record_instance(arrival, now)
-    journal.interrupt(arrival.series_uid)
-    return True
-
-
 def read_arrival_header(path: Path) -> Dataset:
     """The few attributes we need of a received file; its pixel data are not read.
 
@@ -391,7 +349,10 @@ def read_arrival_header(path: Path) -> Dataset:
         CannotUnderstand: the data set cannot be parsed up to there.
         OSError: the disk refuses.
     """
-    header = read_header(path, _ARRIVAL_TAGS)
+    return _decoded(read_header(path, _ARRIVAL_TAGS))
+
+
+def _decoded(header: Dataset) -> Dataset:
     try:
         for _ in header:
             pass  # values are parsed on access

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
@@ -384,15 +384,24 @@ def test_a_request_is_read_as_it_was_written() -> None:
 @pytest.mark.filterwarnings("ignore")
 @given(st.data())
 def test_a_damaged_request_is_refused_or_harmless(data: st.DataObject) -> None:
-    """Bytes changed, cut off, or put in between: never another exception."""
-    encoded = bytearray(_VALID[: data.draw(st.integers(0, len(_VALID)))])
+    def read(message: bytes) -> list[str]:
+        uid, references = read_request(event_of(message))
+        return [uid, *chain.from_iterable(references)]
+
+    refused_or_harmless(data, _VALID, read)
+
+
+def refused_or_harmless(
+    data: st.DataObject, valid: bytes, read: Callable[[bytes], list[str]]
+) -> None:
+    """Bytes changed, cut off, or put in between: `read` tells UIDs, or refuses with 0x0115."""
+    encoded = bytearray(valid[: data.draw(st.integers(0, len(valid)))])
     for _ in range(data.draw(st.integers(0, 4))):
         at = data.draw(st.integers(0, len(encoded)))
         encoded[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=4))
     status, uids = 0x0115, ["1"]
     try:
-        uid, references = read_request(event_of(bytes(encoded)))
-        uids = [uid, *chain.from_iterable(references)]
+        uids = read(bytes(encoded))
     except OperationRefused as refusal:
         status = refusal.status
     assert status == 0x0115

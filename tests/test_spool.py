@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicomnode.errors import CannotUnderstand, OutOfResources
-from dicomnode.spool import Spool, checked_uid, dataset_digest, write_durably
+from dicomnode.spool import OneByOne, Spool, checked_uid, dataset_digest, write_durably
 from tests.factories import ct_series, file_bytes
 
 MOUNT, UMOUNT = "/usr/bin/mount", "/usr/bin/umount"
@@ -84,6 +85,38 @@ def test_leftovers_tell_what_was_kept_from_what_was_cut_off(spool: Spool) -> Non
         ("kept", True),
         ("half", False),
     }
+
+
+def test_dropped_files_lose_both_their_names_and_no_other_file_does(spool: Spool) -> None:
+    first, second = (_part(spool, name.encode(), name) for name in ("first", "second"))
+    spool.keep(first, "1.2", "1.2.3")
+    spool.keep(second, "1.2", "1.2.4")
+    spool.keep(_part(spool, b"third", "third"), "1.3", "1.3.1")
+    spool.drop([first, _part(spool, b"cut", "cut")])
+    assert _files(spool) == {
+        "incoming/second": b"second",
+        "incoming/third": b"third",
+        "received/1.2/1.2.4.dcm": b"second",
+        "received/1.3/1.3.1.dcm": b"third",
+    }
+
+
+def test_one_thread_at_a_time_is_busy_with_an_instance() -> None:
+    one_by_one = OneByOne()
+    same, other = threading.Event(), threading.Event()
+
+    def pass_by(uid: str, passed: threading.Event) -> None:
+        with one_by_one.turn(uid):
+            passed.set()
+
+    with one_by_one.turn("1.1"):
+        waiting = threading.Thread(target=pass_by, args=("1.1", same))
+        waiting.start()
+        threading.Thread(target=pass_by, args=("1.2", other)).start()
+        assert other.wait(30)
+        assert not same.wait(0.2)
+    assert same.wait(30)
+    waiting.join(30)
 
 
 def test_a_result_is_written_again_with_the_same_bytes(spool: Spool) -> None:

@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from dicomnode.errors import DicomNodeError
+from dicomnode.errors import ProtocolError
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -30,7 +30,7 @@ class CommandField(IntEnum):
     C_CANCEL_RQ = 0x0FFF
 
 
-class InvalidCommand(DicomNodeError):
+class InvalidCommand(ProtocolError):
     """A command set that breaks PS3.7."""
 
 

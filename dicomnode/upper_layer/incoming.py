@@ -10,6 +10,8 @@ BLOCK = 262_144
 """Fragments are gathered into blocks: writing and hashing 16 KiB at a time costs a third more, 64
 KiB a tenth. Hashing on a second thread was tried: a CT takes 0.1 ms more CPU time, and as soon as
 the cores are busy, longer (docs/PERFORMANCE.md)."""
+HEAD = 16_384
+"""Bytes of a data set that are kept for whoever stores it: most headers need no second look."""
 _LONG = {"OB"}
 """Of the VRs used here, those with a 4-byte length (PS3.5 7.1.2)."""
 
@@ -31,6 +33,8 @@ class Received:
     """Of the data set, bytes."""
     file_size: int
     """Of the file, bytes."""
+    head: bytes = b""
+    """The first bytes of the data set."""
 
 
 class Incoming:
@@ -40,6 +44,7 @@ class Incoming:
         """Raises OSError if the file cannot be made. `block`: room that only we use."""
         self.part = part
         self.size = 0
+        self.head = b""
         self._meta_size = len(meta)
         self._digest = hashlib.sha256()
         self._block, self._filled = block, 0
@@ -80,6 +85,7 @@ class Incoming:
 
     def _flush(self) -> None:
         block, self._filled = self._block[: self._filled], 0
+        self.head = self.head or bytes(block[:HEAD])
         self._digest.update(block)
         self._write(block)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from dicomnode.errors import DicomNodeError
+from dicomnode.errors import ProtocolError
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 IMPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2"
@@ -63,7 +63,7 @@ class ContextResult(IntEnum):
     TRANSFER_SYNTAXES_NOT_SUPPORTED = 4
 
 
-class InvalidPdu(DicomNodeError):
+class InvalidPdu(ProtocolError):
     """A PDU that breaks PS3.8; `reason` goes into the A-ABORT."""
 
     def __init__(self, words: str, reason: AbortReason = AbortReason.INVALID_PARAMETER) -> None:

@@ -284,6 +284,7 @@ class Service:
                 sha256=digest,
                 size=incoming.size,
                 file_size=file_size,
+                head=incoming.head,
             )
             return self._handler.store(self._requestor, received)
         except InstanceRefused as refusal:

@@ -1,8 +1,13 @@
 """The bytes of one connection, received into one buffer of bounded size, with a deadline."""
 
 import mmap
+import select
 import socket
+import ssl
 import time
+from collections.abc import Callable
+from functools import partial
+from math import ceil
 
 _DRAINED = 4 << 20
 """Bytes we throw away from a peer that goes on sending after the end."""
@@ -25,7 +30,7 @@ class Stream:
     """Reads and writes; works for plain and for TLS sockets alike."""
 
     def __init__(self, connection: socket.socket, size: int) -> None:
-        self._connection = connection
+        self._connection, self._poll = connection, select.poll()
         self._buffer = memoryview(bytearray(size))
         self._start = self._end = 0  # what has been received and not yet taken
         self._deadline = 0.0
@@ -116,10 +121,13 @@ class Stream:
         """
         if self._broken:
             return
+        deadline = time.monotonic() + seconds
+        waiting = memoryview(data)
         try:
-            self._connection.settimeout(seconds)
-            self._connection.sendall(data)
-        except OSError:
+            while waiting:
+                send = partial(self._connection.send, waiting)
+                waiting = waiting[self._when_ready(send, select.POLLOUT, deadline) :]
+        except (OSError, Expired):
             self._broken = True
 
     def _take(self, count: int) -> memoryview:
@@ -135,16 +143,37 @@ class Stream:
     def _receive(self, into: memoryview) -> int:
         if self._broken:
             raise Closed
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise Expired
         try:
-            self._connection.settimeout(left)
-            count = self._connection.recv_into(into)
-        except TimeoutError:
-            raise Expired from None
+            receive = partial(self._connection.recv_into, into)
+            count = self._when_ready(receive, select.POLLIN, self._deadline)
         except OSError:
             raise Closed from None
         if not count:
             raise Closed
         return count
+
+    def _when_ready(self, operation: Callable[[], int], usual: int, deadline: float) -> int:
+        """The result of a call that moves bytes, as soon as some can be moved.
+
+        It is tried first: where data flow, nearly nothing has to be waited for, and each system
+        call less is a moment in which no other thread can take the interpreter. `usual`: the event
+        it waits for; but TLS may have to read before it can write, and the reverse.
+
+        Raises:
+            Expired: none could be moved in time.
+            OSError: the connection has ended.
+        """
+        if self._connection.gettimeout() != 0:
+            self._connection.setblocking(False)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                return operation()
+            except BlockingIOError:
+                awaited = usual
+            except ssl.SSLWantReadError:
+                awaited = select.POLLIN
+            except ssl.SSLWantWriteError:
+                awaited = select.POLLOUT
+            self._poll.register(self._connection, awaited)
+            self._poll.poll(ceil(left * 1000))
+        raise Expired
