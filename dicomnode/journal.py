@@ -14,6 +14,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import tables as t
 from dicomnode.errors import DuplicateInstance
+from dicomnode.statements import Quick
 from dicomnode.tables import Database, note
 
 
@@ -99,7 +100,7 @@ class Journal:
 
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:
         """The series, digest and purged flag of a stored instance, or None."""
-        rows = self._db.look_up(_KNOWN, sop_instance_uid)
+        rows = self._db.look_up(_KNOWN, {"uid": sop_instance_uid})
         return (rows[0][0], rows[0][1], bool(rows[0][2])) if rows else None
 
     def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
@@ -125,8 +126,7 @@ class Journal:
         }
 
         def change(db: Connection) -> bool:
-            new = db.execute(_RECORD, values)
-            if new.rowcount:
+            if _RECORD.say(db, values).rowcount:
                 self._open_series(db, arrival, now, late)
                 return True
             i = t.instances.c
@@ -149,7 +149,7 @@ class Journal:
             db.execute(t.instances.update().where(same).values(association=arrival.association))
 
     def _open_series(self, db: Connection, arrival: Arrival, now: float, late: str) -> None:
-        row = db.execute(_SERIES, {"uid": arrival.series_uid}).one_or_none()
+        row = _SERIES.say(db, {"uid": arrival.series_uid}).fetchone()
         if row is None:
             db.execute(
                 t.series.insert().values(
@@ -165,14 +165,15 @@ class Journal:
             )
             note(db, arrival.series_uid, now, f"first instance from {arrival.calling_ae}")
             return
-        db.execute(_ARRIVED, {"uid": arrival.series_uid, "now": now})
-        if row.open:
+        _ARRIVED.say(db, {"uid": arrival.series_uid, "now": now})
+        is_open, generation = row
+        if is_open:
             return
         if late == "regenerate":
-            change = {"open": True, "generation": row.generation + 1, "outcome": ""}
+            change = {"open": True, "generation": generation + 1, "outcome": ""}
             mine = t.series.c.series_uid == arrival.series_uid
             db.execute(t.series.update().where(mine).values(change))
-            text = f"late instances: open again as generation {row.generation + 1}"
+            text = f"late instances: open again as generation {generation + 1}"
             note(db, arrival.series_uid, now, text)
         else:
             text = f"late instance {arrival.sop_instance_uid} stored, not translated (hold)"
@@ -225,15 +226,19 @@ def _later(now: float | BindParameter[float]) -> Any:
     return case((recorded < now, now), else_=recorded + 1e-6)
 
 
-# What is asked and said for every instance, made once: making a statement takes longer than SQLite
-_KNOWN = select(t.instances.c.series_uid, t.instances.c.sha256, t.instances.c.purged).where(
-    t.instances.c.sop_instance_uid == bindparam("uid")
+# What is asked and said for every instance
+_KNOWN = Quick.of(
+    select(t.instances.c.series_uid, t.instances.c.sha256, t.instances.c.purged).where(
+        t.instances.c.sop_instance_uid == bindparam("uid")
+    )
 )
-_RECORD = insert(t.instances).on_conflict_do_nothing()
-_SERIES = select(t.series.c.open, t.series.c.generation).where(
-    t.series.c.series_uid == bindparam("uid")
+_RECORD = Quick.of(
+    insert(t.instances).on_conflict_do_nothing(), [column.name for column in t.instances.columns]
 )
-_ARRIVED = (
+_SERIES = Quick.of(
+    select(t.series.c.open, t.series.c.generation).where(t.series.c.series_uid == bindparam("uid"))
+)
+_ARRIVED = Quick.of(
     t.series.update()
     .where(t.series.c.series_uid == bindparam("uid"))
     .values(last_received=_later(bindparam("now", type_=Float)))

@@ -32,6 +32,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from dicomnode.errors import JournalBusy, JournalError
 from dicomnode.group_commit import GroupCommit, busy
 from dicomnode.migrations import SCHEMA_VERSION, check_version, migrate, version_of
+from dicomnode.statements import Quick
 
 BUSY_SECONDS = 5.0
 """How long a change waits for its turn, and then for another program that has locked the journal:
@@ -246,7 +247,6 @@ class Database:
         self._path, self._file = path, _file_at(path)
         self._lock = threading.Lock()
         self._group = GroupCommit(self._engine, self._turn)
-        self._texts: dict[Any, str] = {}
 
     def close(self) -> None:
         self._engine.dispose()
@@ -292,14 +292,11 @@ class Database:
         """
         return self._group.commit(change)
 
-    def look_up(self, query: Any, *values: str) -> list[Any]:
-        """As `read`, past SQLAlchemy (60 of 70 us), for what is asked for every instance."""
-        text = self._texts[query] = self._texts.get(query) or str(query.compile(self._engine))
+    def look_up(self, query: Quick, values: Mapping[str, Any]) -> list[Any]:
+        """As `read`, for what is asked for every instance (8 us instead of 70)."""
         connection = self._engine.raw_connection()
         try:
-            return list(connection.cursor().execute(text, values))
-        except sqlite3.Error as error:
-            raise JournalBusy(f"the journal cannot be read now: {error}") from error
+            return query.over(connection.driver_connection, values).fetchall()
         finally:
             connection.close()
 

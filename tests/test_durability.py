@@ -53,12 +53,14 @@ def test_an_instance_that_the_disk_does_not_take_is_refused_and_leaves_nothing(
     node: Node, tmp_path: Path
 ) -> None:
     files = write_series(ct_series(3, 64, 64), tmp_path / "source")
+    assert send(STORESCU, files[:1], node.port).returncode == 0  # its folder is there
     faults = ("-e", "trace=fsync", "-e", "inject=fsync:error=EIO")
     with _traced(node, *faults, "-o", str(tmp_path / "trace")):
-        refused = send(STORESCU, files, node.port, "CT1", "-v")
+        refused = send(STORESCU, files[1:], node.port, "CT1", "-v")
     assert "Refused: OutOfResources" in refused.stdout + refused.stderr
     data = node.folder / "data"
-    assert not [path for path in data.glob("[ir][ne]c*/**/*") if path.is_file()]
+    assert len(list(data.glob("received/*/*"))) == 1
+    assert not list(data.glob("incoming/*"))
     assert "could not store the instance" in node.log
     assert send(STORESCU, files, node.port).returncode == 0
     assert len(list(data.glob("received/*/*.dcm"))) == 3

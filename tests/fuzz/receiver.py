@@ -63,10 +63,9 @@ class Folder:
         if self.drop:
             return 0, ""
         final = self.folder / f"{received.sop_instance_uid}.{received.part.stem}.dcm"
-        if self.sync:
-            sync_file(received.part)
         received.part.rename(final)
         if self.sync:
+            sync_file(final)
             sync_folder(self.folder)
         with self._lock:
             self.received.append((requestor, received))
