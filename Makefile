@@ -41,6 +41,7 @@ models: setup
 	@echo "made by:"
 	@grep -l "^package: models/" training/configs/*.yaml | sed 's|^|  python training/train.py |'
 	@echo "  (first, for cect:        python training/simulate_contrast.py ../shared/data runs/contrast-pairs)"
+	@echo "  (first, for mr-to-ct and ct-to-mr: python training/prepare_limbs.py ../shared/data runs/limb-pairs)"
 	@echo "  (first, for delayed-pet: python training/simulate_delayed_pet.py ../shared/data runs/pet-pairs)"
 
 docs-images: setup

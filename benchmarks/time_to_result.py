@@ -7,8 +7,10 @@ The node itself, DCMTK's storescu before it and storescp behind it, generated 51
 to complete (the wait for more slices) is taken off. `total` is what is left; `translate` is the job
 in the worker, `send` the rest. The steps overlap, so beside them stands what each costs alone, one
 after the other in one process: decode (read, decode, digest), infer (normalise, run, invert), build
-(instance, file, fsync). With --pace the sender is held to so many slices a second, as a scanner
-that reconstructs; `ahead` is how many slices were then inferred before the series was complete.
+(instance, file, fsync), send (C-STORE to storescp). With --pace the sender is held to so many
+slices a second, as a scanner that reconstructs; `ahead` is how many slices were then inferred
+before the series was complete. `start` is from starting the node to its being ready: the first
+time, and `again`, when the compiled form is on disk; `worker MB` the peak memory of the worker.
 """
 
 import argparse
@@ -48,6 +50,7 @@ from dicomnode.imaging.streaming import Predicting, Stages
 from dicomnode.part10 import read_instances
 from dicomnode.pipeline import Task, checked_source, layout_for, translate_series
 from dicomnode.results import Draft
+from dicomnode.scu import Address, send_instances
 from tests.factories import changed, ct_series
 from tests.peers import ROOT, STORESCU, node_settings, running_node, send, storescp
 
@@ -70,14 +73,15 @@ def main() -> None:
     options = parser.parse_args()
     print(machine(), "\n")
     names = ("model", "slices", "pace", "ahead", "total s", "translate s", "send s", "ms/slice")
-    print("| " + " | ".join(names) + " | alone, ms/slice: decode | infer | build |")
-    print("|---|" + "---:|" * (len(names) + 2))
+    print("| " + " | ".join(names) + " | alone, ms/slice: decode | infer | build | send ", end="")
+    print("| start s | again s | worker MB |")
+    print("|---|" + "---:|" * (len(names) + 6))
     with tempfile.TemporaryDirectory() as work:
         for model in options.models:
             package(model, Path(work) / "models")
             for slices in options.slices:
                 files = series(slices, Path(work) / f"in{slices}")
-                alone = steps_alone(Path(work) / "models" / model, files[: min(slices, 24)])
+                alone = steps_alone(Path(work) / "models" / model, files[: min(slices, 12)])
                 for pace in options.pace:
                     for ahead in (False,) if options.only_off else (False, True):
                         row = measure(Path(work), model, files, pace, ahead)
@@ -90,7 +94,8 @@ def print_row(
     cells = [model, slices, pace or "-", int(row["ahead"])]
     cells += [f"{row[name]:.2f}" for name in ("total", "translate", "send")]
     cells += [f"{1000 * row['total'] / slices:.1f}"]
-    cells += [f"{1000 * alone[name]:.1f}" for name in ("decode", "infer", "build")]
+    cells += [f"{1000 * alone[name]:.1f}" for name in ("decode", "infer", "build", "send")]
+    cells += [f"{row['start']:.1f}", f"{row['again']:.1f}", f"{row['worker MB']:.0f}"]
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
@@ -159,12 +164,20 @@ def measure(work: Path, model: str, files: list[Path], pace: int, ahead: bool) -
         settings["routes"][0]["qa"] = "off"
         settings["peers"]["scanner"]["max_instances_per_second"] = pace
         settings["worker"] = {"speculative": ahead, "speculative_gb": 2}
+        began = time.perf_counter()
         with contextlib.redirect_stdout(None), running_node(Path(folder) / "n", settings) as node:
+            start = time.perf_counter() - began
             if send(STORESCU, files, node.port).returncode:
                 raise RuntimeError("storescu failed")
             uid = str(read_instances(files[:1], pixels=False)[0].SeriesInstanceUID)
             settled = node.wait_settled(uid, 3000)
             found = node.get("metrics")[1]
+            (worker,) = (pid for name, pid in node.children() if name == "worker")
+            megabytes = peak_mb(worker)
+            node.stop()
+            began = time.perf_counter()
+            node.start()
+            again = time.perf_counter() - began
     if [job["state"] for job in settled["jobs"]] != ["done"]:
         raise RuntimeError(f"not done: {settled['jobs'][0]['detail']}")
     at = moments(settled["timeline"])
@@ -174,7 +187,16 @@ def measure(work: Path, model: str, files: list[Path], pace: int, ahead: bool) -
         "total": at["delivered"] - at["complete"],
         "translate": at["sending"] - at["complete"],
         "send": at["delivered"] - at["sending"],
+        "start": start,
+        "again": again,
+        "worker MB": megabytes,
     }
+
+
+def peak_mb(pid: int) -> float:
+    """The most that a process had in memory so far."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def moments(timeline: list[dict[str, Any]]) -> dict[str, float]:
@@ -207,13 +229,18 @@ def steps_alone(package_path: Path, files: list[Path]) -> dict[str, float]:
             pass
     whole = [with_pixels(header) for header in headers]
     made = translate_series(whole, model, task.options, task.now, companions=task.companions)
-    with tempfile.TemporaryDirectory() as folder, Draft(Path(folder)) as draft:
-        first_image = next(made.derived)  # loads tables
-        with timed(seconds, "build"):
-            draft.add(first_image)
-            for dataset in made.derived:
-                draft.add(dataset)
-            draft.commit()
+    with tempfile.TemporaryDirectory() as folder, storescp(Path(folder) / "pacs") as pacs:
+        with Draft(Path(folder)) as draft:
+            first_image = next(made.derived)  # loads tables
+            with timed(seconds, "build"):
+                draft.add(first_image)
+                for dataset in made.derived:
+                    draft.add(dataset)
+                written = draft.commit()
+        paths = sorted((Path(folder) / written.uid).iterdir())
+        address = Address("127.0.0.1", pacs.port, pacs.ae_title, "BENCH")
+        with timed(seconds, "send"):
+            send_instances(paths, address, lambda uid, status: None)
     return {name: value / len(files) for name, value in seconds.items()}
 
 

@@ -36,15 +36,24 @@ class Timing:
 Package = ModelPackage | ClassifierPackage
 
 
-def find_packages(config: NodeConfig, name: str | None = None) -> dict[str, Package]:
-    """Folder in models_dir -> its verified package; all of them, or the one named.
+def find_packages(
+    config: NodeConfig, name: str | None = None
+) -> tuple[dict[str, Package], dict[str, str]]:
+    """Folder in models_dir -> its verified package, and folder -> what is wrong with the others.
 
     Raises:
-        PackageError: one is damaged or not there.
+        PackageError: the one that is named is damaged or not there.
     """
-    found = sorted(path.parent.name for path in config.models_dir.glob("*/manifest.yaml"))
-    folders = [name] if name else [folder for folder in found if not folder.startswith(".")]
-    return {folder: read_any(config.models_dir / folder) for folder in folders}
+    if name:
+        return {name: read_any(config.models_dir / name)}, {}
+    packages: dict[str, Package] = {}
+    damaged: dict[str, str] = {}
+    for path in sorted(config.models_dir.glob("[!.]*/manifest.yaml")):
+        try:
+            packages[path.parent.name] = read_any(path.parent)
+        except PackageError as error:
+            damaged[path.parent.name] = str(error)
+    return packages, damaged
 
 
 def translator(package: Package, command: str) -> ModelPackage:
@@ -84,7 +93,7 @@ def verify(
     classifying = {n: p for n, p in packages.items() if isinstance(p, ClassifierPackage)}
     models, failures, used = load_models(translating, device, 0, config.precision)
     classifiers = load_classifiers(classifying, used)
-    words = {name: model.words for name, model in models.items()}
+    words = {name: f"{model.words}; self-test: {model.self_test}" for name, model in models.items()}
     words |= dict.fromkeys(classifiers.loaded, f"torch, fp32 on {used}")
     for folder in packages:
         if folder in words:

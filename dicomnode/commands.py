@@ -302,7 +302,7 @@ def models(args: argparse.Namespace) -> int:
     from dicomnode.imaging.bundle import monai_metadata
 
     config = load_config(args.config)
-    packages = catalogue.find_packages(config, args.name)
+    packages, damaged = catalogue.find_packages(config, args.name)
     if args.action == "export-monai":
         if args.name is None:
             raise ConfigError("models export-monai: name the package")
@@ -330,6 +330,9 @@ def models(args: argparse.Namespace) -> int:
                 f"{timing.matrix} slice (median of {catalogue.SLICES}), slowest "
                 f"{timing.slowest_seconds:.3f} s; {timing.words}"
             )
+    for folder, why in damaged.items():
+        rows[folder], code = {"folder": folder, "damaged": why}, MENDABLE
+        lines.append(f"{folder}: {why}")
     print(json.dumps(list(rows.values()), indent=1) if args.json else "\n".join(lines))
     return code
 

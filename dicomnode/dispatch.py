@@ -18,7 +18,7 @@ from dicomnode.jobs import Job, Jobs, Output
 from dicomnode.journal import Journal
 from dicomnode.lifecycle import Event
 from dicomnode.orders import Cancel, Order, Outcome, Request, Withdrawal, stacks_as_data
-from dicomnode.serving import tell
+from dicomnode.serving import Serving, tell
 from dicomnode.spool import Spool
 from dicomnode.worker import Ready, Settings, Worker
 
@@ -64,6 +64,7 @@ class Dispatcher:
         self._expectation = Expectation(config, spool, journal)
         self._worker: Worker | None = None
         self._told: Ready | None = None
+        self._serving: Mapping[str, Serving] = {}
         self._running: list[_Running] = []
         """The innermost last: it is what the worker does, the others wait between two batches."""
         self.trouble = "the models are not loaded yet"
@@ -110,10 +111,16 @@ class Dispatcher:
         if ready is None:
             return None
         if self._told is not ready:
-            tell(self._config.node.data_dir, ready.engines, ready.failures)
-            self._told = ready
+            log.info("the worker has its models after %.1f s, on %s", ready.seconds, ready.device)
+            metrics.worker_start.set(ready.seconds)
+            self._tell(ready, ready.engines)
         self.trouble = "; ".join(ready.failures.values())
         return self._worker
+
+    def _tell(self, ready: Ready, serving: Mapping[str, Serving]) -> None:
+        """Note what runs the models."""
+        self._told, self._serving = ready, serving
+        tell(self._config.node.data_dir, serving, ready.failures)
 
     def _hand_over(self, worker: Worker) -> None:
         """The next job, if it is more urgent than what runs."""
@@ -168,6 +175,8 @@ class Dispatcher:
 
     def _done(self, running: _Running, outcome: Outcome) -> None:
         job = running.job
+        if self._told is not None and outcome.serving and outcome.serving != self._serving:
+            self._tell(self._told, outcome.serving)
         if job.retracts is None:
             metrics.translation_seconds.labels(job.route).observe(time.monotonic() - running.began)
             metrics.batches_halved.labels(job.route).inc(outcome.halved)

@@ -54,6 +54,14 @@ model_info = Gauge(
     "1 per loaded model, with what runs it; its self-test has passed",
     ["model", "engine", "precision", "device"],
 )
+model_usable = Gauge(
+    "dicomnode_model_usable",
+    "1 per routed model that was loaded and passed its self-test, 0 per model that failed",
+    ["model"],
+)
+worker_start = Gauge(
+    "dicomnode_worker_start_seconds", "From the start of the worker to its models being loaded"
+)
 workers_lost = Counter("dicomnode_workers_lost_total", "Worker processes that died")
 free_bytes = Gauge("dicomnode_data_free_bytes", "Free space where data_dir lies")
 tls_refused = Counter(

@@ -9,6 +9,7 @@ thread http            health, metrics, status
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from dicomnode.recovery import lock_folder, recover
 from dicomnode.retention import Rules, make_room, purge
 from dicomnode.scp import LibraryService, StorageScp
 from dicomnode.series import Carriers
+from dicomnode.serving import told
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.web.server import Pages, WebServer
@@ -80,7 +82,13 @@ class Node:
         services: tuple[LibraryService, ...] = (self._commitments, self._requests, self._steps)
         self._scp = StorageScp(config, self._spool, self._journal, self._carriers, services)
         self._outbox = Outbox(config, self._spool, self._jobs, self._requests.delivered)
-        pages = Pages(self._history, self.reasons_not_ready, self._refresh, config.http.token)
+        pages = Pages(
+            self._history,
+            self.reasons_not_ready,
+            self._refresh,
+            config.http.token,
+            functools.partial(told, config.node.data_dir),
+        )
         self._web = WebServer(config.http.bind, config.http.port, pages)
         self._completion = Completion(
             config, self._spool, self._journal, self._jobs, self._carriers, self._steps.expected

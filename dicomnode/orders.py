@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dicomnode.config import Companions, Route
+from dicomnode.serving import Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,8 @@ class Outcome:
     """How often a batch was halved because memory ran out."""
     ahead: int = 0
     """How many slices had been inferred while the series still arrived."""
+    serving: Mapping[str, Serving] = field(default_factory=dict)
+    """What runs each model by now: an engine that failed on the way has given way."""
 
     @property
     def derived_uid(self) -> str:

@@ -36,8 +36,12 @@ class Serving:
 def tell(data_dir: Path, serving: Mapping[str, Serving], failures: Mapping[str, str]) -> None:
     """Note what a worker has loaded, for `told` and /metrics; a full disk is no matter."""
     metrics.model_info.clear()
+    metrics.model_usable.clear()
     for name, one in serving.items():
         metrics.model_info.labels(name, one.engine, one.precision, one.device).set(1)
+        metrics.model_usable.labels(name).set(1)
+    for name in failures:
+        metrics.model_usable.labels(name).set(0)
     data = {name: asdict(one) for name, one in serving.items()}
     data |= {name: {"failed": why} for name, why in failures.items()}
     with contextlib.suppress(OutOfResources):

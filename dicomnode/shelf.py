@@ -36,15 +36,21 @@ class ModelShelf(Mapping[str, "Model"]):
         """Why models are not here."""
         self.words: dict[str, str] = {}
         """Per model its engine, number format and device, and why no faster one."""
-        self.serving: dict[str, Serving] = {}
-        """The same in its parts, as it was when the model was first loaded."""
+        self._serving: dict[str, Serving] = {}
         for name in packages:
             try:
                 model = self._take(name)
-                self.words[name], self.serving[name] = model.words, _serving(model)
+                self.words[name] = model.words
             except PackageError as error:
                 self.failures[name] = str(error)
                 log.error("model %s not loaded: %s", name, error)
+
+    @property
+    def serving(self) -> dict[str, Serving]:
+        """What runs each model that did not fail, as it is now, or was when it was put away."""
+        for name, model in self._loaded.items():
+            self._serving[name] = _serving(model)
+        return dict(self._serving)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -87,7 +93,8 @@ class ModelShelf(Mapping[str, "Model"]):
             and len(self._loaded) > 1
             and sum(map(bytes_of, self._loaded.values())) > self._budget
         ):
-            name, _ = self._loaded.popitem(last=False)
+            name, model = self._loaded.popitem(last=False)
+            self._serving[name] = _serving(model)
             log.info("model %s put away: all models together are to keep to their budget", name)
 
 

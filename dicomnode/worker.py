@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -119,7 +119,8 @@ def run(
     _warm()
 
     def one(order: Order | Withdrawal, between: Callable[[], None], ahead: Ahead) -> Outcome:
-        return translate(order, models, missing, looking, between, ahead)
+        outcome = translate(order, models, missing, looking, between, ahead)
+        return replace(outcome, serving=models.serving)
 
     with contextlib.suppress(EOFError):
         Desk(connection, one, Ahead(models, settings.ahead_bytes)).run()

@@ -212,6 +212,27 @@ def test_every_part_of_a_recipe_learns(make: Callable[[], Recipe]) -> None:
         assert not all(map(torch.equal, weights, now)), name
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_result_is_the_weights_of_now_or_their_mean_and_keeps_still(decay: float) -> None:
+    recipe = _pix2pix() if decay == 0 else Pix2Pix(_generator(), _settings(ema_decay=decay), RUN)
+    mean = [weight.detach().clone() for weight in recipe.parts["generator"].parameters()]  # type: ignore[attr-defined]
+    for step in range(3):
+        recipe.step(_batch(step, paired=True), step)
+        share = min(decay, (1 + step) / (10 + step))
+        now = list(recipe.parts["generator"].parameters())  # type: ignore[attr-defined]
+        mean = [share * old + (1 - share) * new for old, new in zip(mean, now, strict=True)]
+    assert (len(recipe.state_dict()["average"]) == 0) == (decay == 0)
+    result = recipe.results()["forward"]
+    for wanted, got in zip(mean, result.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert not result.training
+    assert recipe.parts["generator"].training  # type: ignore[attr-defined]
+    held = [weight.clone() for weight in result.parameters()]
+    recipe.step(_batch(3, paired=True), 3)
+    if decay == 0:  # what was given away is no longer trained
+        assert all(map(torch.equal, held, result.parameters()))
+
+
 @pytest.mark.parametrize("make", PAIRED)
 def test_a_paired_recipe_halves_the_error_of_doing_nothing(make: Callable[[], Recipe]) -> None:
     recipe = make()

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.classifier import load_classifier, read_classifier
 from tests.peers import ROOT, identity_package, shared_data
+from training import evaluate
 from training.agreement import area_under_curve, bootstrap, mcnemar, mean_area
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Classes, load_config
@@ -243,6 +244,18 @@ def test_a_classifier_learns_is_written_served_and_judged_downstream(
         assert (found.argmax(1) == label).mean() >= 0.66, kind
     denoiser = identity_package(collection / "models")
     capsys.readouterr()
+    evaluate.main([str(path), f"out={collection / 'out'}"])
+    judged = json.loads((collection / "out" / "metrics.json").read_text())
+    taken = np.array(judged["taken_for"]["pictures"])
+    assert judged["accuracy"][0] == pytest.approx(taken.trace() / taken.sum(), abs=1e-4)
+    assert (
+        judged["pictures_judged"]
+        == taken.sum()
+        == sum(own["pictures"] for own in judged["classes"].values())
+    )
+    assert "<h2>Taken for</h2>" in (collection / "out" / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"way: means nothing for data\.kind: classes"):
+        evaluate.main([str(path), "way=backward"])
     downstream([str(path), f"denoiser={denoiser}", "dose=0.01"])
     table = capsys.readouterr().out
     rows = [line for line in table.splitlines() if line.startswith("| ")]

@@ -439,6 +439,23 @@ def test_models_are_listed_and_verified(run: Run) -> None:
     assert (listed["name"], len(listed["sha256"])) == ("identity", 64)
 
 
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_a_damaged_package_hides_no_other(action: str, run: Run, site: Path) -> None:
+    settings = yaml.safe_load((site / "config.yaml").read_text())
+    (site / "config.yaml").write_text(yaml.safe_dump({**settings, "models_dir": "models"}))
+    bad, _ = identity_package(site / "models", "bad"), identity_package(site / "models")
+    (bad / "MODEL_CARD.md").write_text("Changed.")
+    code, out, _ = run("models", action)
+    good, damaged = out.splitlines()
+    assert (code, good.split()[0]) == (1, "identity")
+    assert damaged.startswith("bad: ")
+    assert "MODEL_CARD.md" in damaged
+    assert json.loads(run("models", action, "--json")[1])[1]["damaged"] in damaged
+    code, _, err = run("models", action, "bad")
+    assert (code, "MODEL_CARD.md" in err) == (1, True)
+    assert run("models", action, "identity")[0] == 0
+
+
 def test_a_model_is_timed_and_described_for_monai(run: Run) -> None:
     code, out, _ = run("models", "bench", "identity", "--json")
     (timed,) = json.loads(out)

@@ -59,6 +59,8 @@ def trained(architecture: str, options: dict[str, object]) -> Generator:
     generator = build_generator(architecture, options)
     if architecture == "residual_denoiser":
         torch.nn.init.normal_(generator.last.weight, std=0.05)
+        if generator.coarse is not None:
+            torch.nn.init.normal_(generator.coarse[-1].weight, std=0.5)
     return generator
 
 
@@ -146,6 +148,7 @@ def test_a_transposed_convolution_is_a_convolution_and_a_shuffle(
 
 TILED = [
     ("residual_denoiser", {"width": 8, "blocks": 1}),
+    ("residual_denoiser", {"width": 8, "blocks": 2, "coarse": 1}),
     ("unshuffle_resnet", {"width": 16, "blocks": 1}),
     ("resnet", {"width": 8, "blocks": 1, "norm": "none"}),
 ]
@@ -306,6 +309,16 @@ def test_an_engine_that_fails_later_is_replaced_by_the_reference(tmp_path: Path)
     )
     assert model.engine.name.startswith("torch")
     assert "broken 1: no more" in model.words
+    assert model.self_test.startswith("0 HU at most")
+
+
+def test_a_reference_that_fails_its_self_test_replaces_nothing(tmp_path: Path) -> None:
+    model = load_model(package(tmp_path / "m"))
+    model.engine = _Broken()  # type: ignore[assignment]
+    with torch.no_grad():
+        next(model.generator.parameters()).mul_(2)
+    with pytest.raises(PackageError, match="self-test on cpu differs by"):
+        predict(model, volume())
 
 
 @needs_openvino

@@ -16,14 +16,16 @@ from dicomnode.errors import ConfigError
 from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.package import read_package
 from tests.factories import ct_series
-from tests.test_pairs import anatomy, as_mr, write_config, write_nifti
+from tests.test_pairs import anatomy, as_mr, served, write_config, write_nifti
 from training import evaluate, train
 from training.config import Images, load_config
 from training.errors import TrainingError
 from training.evaluation import evaluate as judge
 from training.features import load_extractor
 from training.measures import MEANING, PUBLISHED, Asked
+from training.pairs import patient_of
 from training.publish import turned_round
+from training.split import read_split
 from training.studies import Folders, folder_studies, image_studies, volumes_of
 
 SLICES, SIZE = 8, 48
@@ -290,6 +292,96 @@ def test_the_way_back_is_judged_in_the_unit_of_its_target(trained: Path, tmp_pat
     assert "iou" not in found["figures"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 2 * 4  # the source is shown too
+
+
+def test_the_error_after_both_ways_is_that_of_the_served_packages(
+    trained: Path, tmp_path: Path
+) -> None:
+    evaluate.main([str(trained), f"out={tmp_path}", "data.paired=false"])
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    tested = read_split(trained.parent / "split.yaml")["test"]
+    errors = []
+    for number in range(6):
+        if patient_of(f"P{number}/MR.nii.gz", r"(P\d+)/") in tested:
+            mr = as_mr(anatomy(number))
+            hu = served(trained.parent / "mr-to-ct", "AU", mr)
+            again = served(trained.parent / "ct-to-mr", "HU", hu)
+            errors.append(float(np.abs(again - mr).mean()))
+    assert found["figures"]["cycle_error"]["mean"] == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_two_packages_are_compared_on_the_same_patients(trained: Path, tmp_path: Path) -> None:
+    """A package beside a copy of itself: no difference; one that takes other slices is refused."""
+    package = trained.parent / "mr-to-ct"
+    shutil.copytree(package, tmp_path / "copy")
+    evaluate.main([str(trained), f"out={tmp_path}", f"other={tmp_path / 'copy'}"])
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["compared with"] == found["package"]
+    assert found["against_other"]["mae_body"]["mean"] == 0
+    assert found["against_other"]["mae_body"]["wilcoxon"] == 1
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 2 * 4
+    with pytest.raises(TrainingError, match=r"its input\.intensity is not that of the config"):
+        evaluate.main([str(trained), "data.source.intensity.high=700"])
+    with pytest.raises(TrainingError, match="other: its results are in AU, the truth in HU"):
+        evaluate.main([str(trained), f"other={trained.parent / 'ct-to-mr'}"])
+
+
+def test_images_without_pairs_are_judged_by_what_can_be_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network that changes nothing: its way back gives the source, its values are not theirs."""
+    for number in range(6):
+        hu = anatomy(number)
+        write_nifti(tmp_path / "data" / f"P{number}" / "CT.nii.gz", hu)
+        write_nifti(tmp_path / "data" / f"P{number}" / "denser.nii.gz", hu + 50)
+    side = {
+        "modality": "CT",
+        "unit": "HU",
+        "intensity": {"kind": "window", "low": -1024, "high": 600},
+    }
+    back = {"name": "back", "package": str(tmp_path / "back"), "card": str(tmp_path / "card.md")}
+    publish = {"task": "denoise", "bounds": {"modality": ["CT"]}, "licence": "MIT"}
+    publish |= {"intended_use": "Tests only.", "algorithm_family": "test"}
+    path = write_config(
+        tmp_path / "data",
+        tmp_path,
+        recipe="cyclegan",
+        residual=True,
+        publish=publish,
+        backward={**back, "publish": publish},
+        adversarial={"learning_rate": 0.0, "initial_spread": 0},
+        optimisation={"steps": 1, "batch_size": 1, "patch": 32, "learning_rate": 0.003},
+        data={
+            "paired": False,
+            "test_fraction": 0.4,
+            "source": {**side, "files": "*/CT.nii.gz"},
+            "target": {**side, "files": "*/denser.nii.gz"},
+        },
+    )
+    train.main([str(path)])
+    evaluate.main([str(path), f"out={tmp_path}", "features=random:1", "card=yes"])
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    figures = {name: own["mean"] for name, own in found["figures"].items()}
+    assert found["profile"] == "unpaired"
+    assert figures["cycle_error"] == pytest.approx(0, abs=1e-3)
+    assert figures["information_kept"] == pytest.approx(2, abs=1e-6)
+    assert 20 < figures["histogram_distance"] < 90  # 50 HU, and other organs
+    assert found["histogram distance to compare with"].endswith("to those of this part")
+    assert found["features"]["truths"] == found["features"]["results"] == 8
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 2 * 2  # source and result; there is no truth
+    assert "No slice has its truth" in page
+    assert "| cycle_error |" in (tmp_path / "mr-to-ct" / "MODEL_CARD.md").read_text()
+    capsys.readouterr()
+    evaluate.main([str(path), f"out={tmp_path}", "way=backward"])
+    assert "histogram_distance" in capsys.readouterr().out
+    for words, reason in {
+        "profile=synthrad2023": "have no truth",
+        "dose=0.5": "dose: means nothing for data.kind: images",
+        f"back={tmp_path / 'none'}": "back: no package .*; train it first",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            evaluate.main([str(path), words])
 
 
 def test_a_package_of_another_unit_is_refused(trained: Path) -> None:

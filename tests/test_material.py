@@ -12,7 +12,7 @@ from PIL import Image
 from pydicom import Dataset
 
 from dicomnode.errors import ConfigError
-from dicomnode.imaging.percentiles import Percentiles
+from dicomnode.imaging.percentiles import Percentiles, Whole
 from dicomnode.imaging.volume import volume_from_datasets
 from tests.factories import changed, ct_series, mr_series, pet_series, phantom_hu
 from tests.peers import shared_data
@@ -150,7 +150,7 @@ def test_mr_is_scaled_by_the_whole_volume_and_not_by_the_slice(tmp_path: Path) -
         for patient in sorted({p.patient for p in found})
     )
     assert np.abs(first - second).max() < 1e-4
-    wanted = Percentiles(0.5, 99.5).window_of(mr).to_network(mr)
+    wanted = Percentiles(0.5, 99.5).window_of(Whole(mr)).to_network(mr)
     assert min(np.abs(wanted - one).max() for one in (first, second)) < 1e-6
 
 
@@ -160,6 +160,7 @@ def test_mr_is_scaled_by_the_whole_volume_and_not_by_the_slice(tmp_path: Path) -
 def test_values_that_cannot_be_in_their_unit_are_refused(tmp_path: Path) -> None:
     for name, values, unit, words in (
         ("scaled", [0.0, 1.0], "HU", "values from 0 to 1 are not HU"),
+        ("grey", [0.0, 255.0], "HU", "values from 0 to 255 are not HU"),
         ("activity", [0.0, 90000.0], "SUV", "are not SUV"),
         ("huge", [0.0, 1e6], "HU", "are not HU"),
         ("broken", [0.0, np.nan], "HU", "not finite"),

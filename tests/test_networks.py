@@ -199,6 +199,7 @@ def _reach(generator: Generator, side: int) -> int:
         ("red_cnn", {"width": 2}),
         ("unshuffle_resnet", {"width": 2, "blocks": 1}),
         ("residual_denoiser", {"width": 2, "blocks": 1}),
+        ("residual_denoiser", {"width": 2, "blocks": 2, "coarse": 1}),
     ],
 )
 def test_the_declared_receptive_field_covers_what_a_result_depends_on(
@@ -221,6 +222,7 @@ ALL = [
     ("red_cnn", {"width": 2}),
     ("unshuffle_resnet", {"width": 4, "blocks": 1}),
     ("residual_denoiser", {"width": 4, "blocks": 1}),
+    ("residual_denoiser", {"width": 4, "blocks": 2, "coarse": 1}),
     ("identity", {}),
     ("affine", {"scale": 2.0}),
 ]
@@ -362,6 +364,10 @@ def test_padding_grows_the_far_ends_alone(mode: str) -> None:
     ("architecture", "options"),
     [
         ("residual_denoiser", {"width": 8, "blocks": 1, "centre": 0.0, "gain": 1.0}),
+        (
+            "residual_denoiser",
+            {"width": 8, "blocks": 0, "coarse": 1, "centre": 0.0, "gain": 1.0},
+        ),
         ("resnet", {"width": 4, "blocks": 1, "norm": "none", "head": "linear"}),
         ("unshuffle_resnet", {"width": 8, "blocks": 1}),
     ],

@@ -165,6 +165,7 @@ def test_an_8_bit_image_is_refused_unless_its_grey_values_are_declared(tmp_path:
     with pytest.raises(TrainingError, match="8-bit"):
         read_image(tmp_path / "a.png", "HU")
     assert voxels_of(read_image(tmp_path / "a.png", "HU", (-1000, 500))).max() == 500
+    assert voxels_of(read_image(tmp_path / "a.png", "HU", (0, 80))).min() >= 0  # a brain's window
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.npy", "a.png", "a.dcm", "a.txt"])
@@ -280,6 +281,7 @@ def test_images_without_patients_warn_that_they_may_leak(root: Path, tmp_path: P
         ({"publish": None}, "publish: missing"),
         ({"data": {"slices": 2}}, "odd number"),
         ({"recipe": "gan_circle"}, "wgangp"),
+        ({"recipe": "aps", "adversarial": {"discriminator": {"layers": 4}}}, "48 pixels or more"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from pydicom import Dataset
+from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from dicomnode.errors import PackageError, SeriesRefused
+from dicomnode.imaging.counting import Distribution
 from dicomnode.imaging.inference import load_model, predict
 from dicomnode.imaging.intensity import Window
 from dicomnode.imaging.manifest import (
@@ -27,12 +30,15 @@ from dicomnode.imaging.manifest import (
     manifest_to_yaml,
 )
 from dicomnode.imaging.package import read_package, write_package
-from dicomnode.imaging.percentiles import Percentiles, foreground, otsu_threshold
+from dicomnode.imaging.percentiles import Percentiles, Whole, foreground, otsu_threshold
 from dicomnode.imaging.volume import Volume, volume_from_datasets
 from dicomnode.qa import assess
 from tests.factories import mr_series
 from tests.test_package import reseal
 
+few_or_many = st.one_of(
+    st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+)
 HU = Window(-1024.0, 3071.0)
 TO_CT = Manifest(
     format=1,
@@ -86,14 +92,52 @@ def test_otsu_is_the_threshold_of_scikit_image(seed: int) -> None:
 @given(gain=st.floats(1e-3, 1e3), slices=st.permutations(range(6)))
 def test_percentiles_do_not_depend_on_gain_or_slice_order(gain: float, slices: list[int]) -> None:
     plain, scaled = patient(), patient(gain=gain)[slices]
-    one = Percentiles().window_of(plain).to_network(plain)[slices]
-    other = Percentiles().window_of(scaled).to_network(scaled)
+    one = Percentiles().window_of(Whole(plain)).to_network(plain)[slices]
+    other = Percentiles().window_of(Whole(scaled)).to_network(scaled)
     assert np.allclose(one, other, atol=2e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=arrays(np.float32, array_shapes(max_dims=2, max_side=30), elements=few_or_many),
+    pieces=st.integers(1, 5),
+    low=st.floats(0, 60),
+    high=st.floats(60, 100),
+)
+def test_counted_values_have_the_percentiles_of_numpy_to_the_bit(
+    values: NDArray[np.float32], pieces: int, low: float, high: float
+) -> None:
+    given_bit_by_bit = Distribution()
+    for piece in np.array_split(values.ravel(), pieces):
+        given_bit_by_bit.add(piece)
+    both = np.percentile(values, (low, high))
+    assert given_bit_by_bit.percentiles(low, high) == tuple(both)
+    assert given_bit_by_bit.percentile(high) == np.percentile(values, high)
+    distinct, numbers = given_bit_by_bit.counted()
+    assert np.array_equal(np.repeat(distinct, numbers), np.sort(values, axis=None))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), shape=st.tuples(*[st.integers(1, 7)] * 3))
+def test_slice_by_slice_the_largest_part_is_that_of_the_whole_volume(
+    data: st.DataObject, shape: tuple[int, int, int]
+) -> None:
+    """The foreground as it is defined: `scipy` on all slices at once. Small volumes have ties."""
+    bright = data.draw(arrays(np.bool_, shape))
+    padding = data.draw(arrays(np.bool_, shape))
+    voxels = np.where(bright, np.float32(100), np.float32(1))
+    image = bright & ~padding
+    wanted = np.zeros(shape, np.bool_)
+    if image.any() and (~bright & ~padding).any():  # else there is nothing to part
+        parts, _ = ndimage.label(image)
+        largest = parts == 1 + int(np.bincount(parts.ravel())[1:].argmax())
+        wanted = np.stack([ndimage.binary_fill_holes(plane) for plane in largest]) & ~padding
+    assert np.array_equal(foreground(voxels, padding), wanted)
 
 
 def test_percentiles_of_the_foreground_are_the_ends_of_the_network_range() -> None:
     voxels = patient()
-    window = Percentiles(5, 95).window_of(voxels)
+    window = Percentiles(5, 95).window_of(Whole(voxels))
     inside = window.to_network(voxels)[foreground(voxels)]
     assert abs(float((inside <= -1 + 1e-6).mean()) - 0.05) < 0.002
     assert abs(float((inside >= 1 - 1e-6).mean()) - 0.05) < 0.002
@@ -108,14 +152,14 @@ def test_padding_is_no_foreground() -> None:
     padding[:, :, :10] = padding[:, 30:32, 22:24] = True
     padded = np.where(padding, np.float32(30000), voxels)
     assert not foreground(padded, padding)[padding].any()
-    high = Percentiles().window_of(padded, padding).high
-    assert abs(high - Percentiles().window_of(voxels).high) < 20
+    high = Percentiles().window_of(Whole(padded, padding)).high
+    assert abs(high - Percentiles().window_of(Whole(voxels)).high) < 20
 
 
 def test_a_volume_of_one_value_has_no_contrast() -> None:
     for voxels in (np.zeros((2, 8, 8), np.float32), np.full((2, 8, 8), 7, np.float32)):
         with pytest.raises(SeriesRefused) as caught:
-            Percentiles().window_of(voxels)
+            Percentiles().window_of(Whole(voxels))
         assert caught.value.code == "NO_CONTRAST"
 
 
@@ -184,7 +228,7 @@ def test_there_and_back_loses_less_than_half_a_stored_unit(
     seed: int, slope: str, intercept: str
 ) -> None:
     source = volume(mr(seed=seed, slope=slope, intercept=intercept))
-    into, out_of = BACK.intensities_of(source.voxels, source.padding)
+    into, out_of = BACK.intensities_of(source)
     back = out_of.from_network(into.to_network(source.voxels))
     assert isinstance(into, Window)
     inside = (source.voxels >= into.low) & (source.voxels <= into.high)
@@ -200,15 +244,15 @@ def test_there_and_back_loses_less_than_half_a_stored_unit(
 @given(shuffle=st.randoms(use_true_random=False))
 def test_any_order_of_arrival_gives_the_same_window_to_the_bit(shuffle: random.Random) -> None:
     series = mr()
-    one = TO_CT.intensities_of(volume(series).voxels)
+    one = TO_CT.intensities_of(volume(series))
     shuffle.shuffle(series)
-    assert TO_CT.intensities_of(volume(series).voxels) == one
+    assert TO_CT.intensities_of(volume(series)) == one
 
 
 def test_a_package_maps_the_volume_by_its_own_percentiles(tmp_path: Path) -> None:
     model = load_model(read_package(write(tmp_path / "m", TO_CT)))
     source = volume(mr())
-    window = Percentiles(1, 99).window_of(source.voxels)
+    window = Percentiles(1, 99).window_of(source)
     made = predict(model, source)
     assert made.unit == "HU"
     expected = HU.from_network(window.to_network(source.voxels) * np.float32(0.5) + np.float32(0.1))

@@ -28,6 +28,8 @@ def test_a_worker_tells_what_runs_its_models_and_which_failed(tmp_path: Path) ->
     tell(tmp_path, ready.engines, ready.failures)
     text = f'{{device="cpu",engine="{one.engine}",model="identity",precision="fp32"}} 1.0'
     assert f"dicomnode_model_info{text}" in generate_latest().decode()
+    assert 'dicomnode_model_usable{model="identity"} 1.0' in generate_latest().decode()
+    assert 'dicomnode_model_usable{model="bad"} 0.0' in generate_latest().decode()
     found = told(tmp_path)
     words = "self-test: 0 HU at most, allowed 0.05"
     assert in_words("identity", found["identity"]) == (

@@ -33,7 +33,7 @@ from dicomnode.pipeline import Task, translate_series
 from dicomnode.results import Draft
 from dicomnode.spool import DRAFTS
 from dicomnode.stages import Stream
-from tests.factories import changed, ct_series, enhanced, file_bytes, write_series
+from tests.factories import changed, ct_series, enhanced, file_bytes, mr_series, write_series
 from tests.peers import ROOT, wait_for
 from tests.tasks import KINDS, SOURCES, package_for
 from tests.test_inference import INSTANCE
@@ -426,9 +426,8 @@ def grown(model: Path, files: Path, out: Path) -> int:
     return int(done.stdout)
 
 
-def big_series(slices: int, folder: Path) -> Path:
-    """512 x 512, of noise; the files of one slice are the pattern of the others."""
-    one = ct_series(1, 512, 512)[0]
+def big_series(slices: int, folder: Path, one: Dataset) -> Path:
+    """The files of one slice, of noise, are the pattern of the others."""
     folder.mkdir()
     for index in range(slices):
         (ds,) = changed([one], SOPInstanceUID=f"1.2.3.{index + 1}", InstanceNumber=index + 1)
@@ -438,21 +437,36 @@ def big_series(slices: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("slices", [60, 120])
-def test_memory_is_less_than_twice_the_volume(slices: int, tmp_path: Path) -> None:
+def fixed(folder: Path) -> tuple[Path, Dataset]:
+    """A package with one window for every volume, and a slice for it, 512 x 512."""
+    return package_for(KINDS["denoise"], folder).path, ct_series(1, 512, 512)[0]
+
+
+def percentiles(folder: Path) -> tuple[Path, Dataset]:
+    """The same with a window of the volume's own foreground."""
+    return write(folder / "m", TO_CT), mr_series(1, 512, 512)[0]
+
+
+@pytest.mark.parametrize(("kind", "slices"), [(fixed, 60), (fixed, 120), (percentiles, 90)])
+def test_memory_is_less_than_twice_the_volume(
+    kind: Callable[[Path], tuple[Path, Dataset]], slices: int, tmp_path: Path
+) -> None:
     """Stored values are half of a float32 volume, results are one: more must not be kept."""
-    model = package_for(KINDS["denoise"], tmp_path / "models").path
-    used = grown(model, big_series(slices, tmp_path / "in"), tmp_path / "out")
+    model, one = kind(tmp_path / "models")
+    used = grown(model, big_series(slices, tmp_path / "in", one), tmp_path / "out")
     volume = slices * 512 * 512 * 4
     assert used < 1.75 * volume + 40e6, f"{used / volume:.2f} volumes"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", [fixed, percentiles])
 @pytest.mark.skipif("DICOMNODE_LONG" not in os.environ, reason="minutes: set DICOMNODE_LONG=1")
-def test_two_thousand_slices_need_less_than_their_volume_twice(tmp_path: Path) -> None:
-    model = package_for(KINDS["denoise"], tmp_path / "models").path
-    used = grown(model, big_series(2000, tmp_path / "in"), tmp_path / "out")
+def test_two_thousand_slices_need_less_than_their_volume_twice(
+    kind: Callable[[Path], tuple[Path, Dataset]], tmp_path: Path
+) -> None:
+    model, one = kind(tmp_path / "models")
+    used = grown(model, big_series(2000, tmp_path / "in", one), tmp_path / "out")
     volume = 2000 * 512 * 512 * 4
-    print(f"2000 slices: {used / volume:.2f} volumes of {volume / 1e9:.1f} GB")
+    print(f"2000 slices, {kind.__name__}: {used / volume:.2f} volumes of {volume / 1e9:.1f} GB")
     assert used < 2 * volume

@@ -27,8 +27,9 @@ from training import train
 from training.baselines import gaussian, non_local_means
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.compare import filter_at_same_noise, turned_down
-from training.config import Details, Folder, LowDose, TrainConfig, load_config, window_of
+from training.config import Folder, TrainConfig, load_config, window_of
 from training.data import Sample, draw_batch, draw_details, load_samples
+from training.doses import Details, LowDose
 from training.errors import TrainingError
 from training.figures import Figures, SliceFigures, denoiser, evaluate_samples
 from training.lowdose import insert_low_dose, measure_noise, own_noise_again
@@ -222,6 +223,8 @@ def test_the_evaluation_prints_the_figures_of_the_package(patients: Path, tmp_pa
         ("recipe=magic", r"recipe: 'magic' is not one of"),
         ("window=[0]", "window: want two values"),
         ("seed.deep=1", "seed has no keys below it"),
+        ("steps", "want key=value"),
+        ("data.root=*/CT", r"data\.root: \*/CT is no YAML; put it in quotes"),
     ],
 )
 def test_a_wrong_key_is_refused(patients: Path, tmp_path: Path, override: str, reason: str) -> None:

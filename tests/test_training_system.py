@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from dicomnode.errors import ConfigError
+from dicomnode.errors import ConfigError, DicomNodeError
 from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.networks import build_generator, count_weights, plan_generator
 from dicomnode.imaging.package import read_package
@@ -475,6 +476,25 @@ def test_a_dry_run_stops_where_the_run_would(root: Path, tmp_path: Path) -> None
     path = write_config(root, tmp_path)
     with pytest.raises(TrainingError, match="no file"):
         train.main(["--dry-run", str(path), f"data.root={tmp_path / 'nothing'}"])
+
+
+# every command
+
+COMMANDS = [
+    path.stem
+    for path in sorted((ROOT / "training").glob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_how_to_use_it(name: str) -> None:
+    """Without words: a sentence, and never a traceback."""
+    with pytest.raises((DicomNodeError, SystemExit)) as caught:
+        import_module(f"training.{name}").main([])
+    usage = isinstance(caught.value, SystemExit) and caught.value.code == 2  # argparse's
+    assert usage or re.search("usage|want ", str(caught.value))
+    assert "except DicomNodeError as error:" in (ROOT / f"training/{name}.py").read_text("utf-8")
 
 
 # presets of the papers

@@ -3,6 +3,7 @@
 Every test runs `dicomnode serve` as a process and talks to it over the network only.
 """
 
+import json
 import random
 import subprocess
 import time
@@ -231,6 +232,17 @@ def test_the_real_odd_series_are_refused_with_a_reason(
         node.wait_settled(uid)
         assert reason in node.run("status", uid).stdout
     assert archive.count() == 0
+
+
+def test_status_tells_what_runs_a_model_wherever_it_is_asked(both: tuple[Node, Archive]) -> None:
+    node, _ = both
+    models = node.get("api/v1/status")[1]["models"]
+    one = models["identity"]
+    assert one["engine"].startswith(("openvino", "torch"))
+    assert (one["precision"], one["device"], one["refused"]) == ("fp32", "cpu", [])
+    assert one["self_test"] == "0 HU at most, allowed 0.05"
+    assert json.loads(node.run("status", "--json").stdout)["models"] == models
+    assert f'engine="{one["engine"]}",model="identity"' in node.get("metrics")[1]
 
 
 def test_our_own_result_is_not_translated_again(both: tuple[Node, Archive], tmp_path: Path) -> None:

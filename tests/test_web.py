@@ -35,6 +35,7 @@ class Site:
     token: str | None = None
     reasons: list[str] = field(default_factory=list)
     refresh: Callable[[], None] = _nothing
+    models: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         database = Database(self.folder / "journal.db")
@@ -43,7 +44,8 @@ class Site:
         Journal(database).record_instance(arrival, 10.0)
         (seen,) = Journal(database).open_series()
         Jobs(database).close_series(seen, "routed: r", [("r", "routine")], ["complete"], 20.0)
-        self.pages = Pages(History(database), lambda: self.reasons, self.refresh, self.token)
+        given = (History(database), lambda: self.reasons, self.refresh, self.token)
+        self.pages = Pages(*given, lambda: self.models)
         self.server = WebServer("127.0.0.1", 0, self.pages)
         self.server.start()
 
@@ -130,6 +132,14 @@ def test_the_api_tells_counts_series_and_timelines(sites: Callable[..., Site]) -
     status, one = site.json(f"/api/v1/series/{SERIES}")
     assert (status, one["instances"], one["open"]) == (200, 1, False)
     assert [event["text"] for event in one["timeline"]] == ["first instance from CT1", "complete"]
+
+
+def test_the_api_tells_what_runs_each_model(sites: Callable[..., Site]) -> None:
+    site = sites()
+    assert site.json("/api/v1/status")[1]["models"] == {}  # none is loaded yet
+    site.models["m"] = {"engine": "openvino 1", "self_test": "0.1 HU at most", "refused": []}
+    site.models["n"] = {"failed": "a file was changed"}
+    assert site.json("/api/v1/status")[1]["models"] == site.models
 
 
 def test_what_is_not_there_is_not_found(sites: Callable[..., Site]) -> None:

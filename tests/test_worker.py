@@ -13,9 +13,11 @@ from pydicom import Dataset
 
 from dicomnode.ahead import Ahead
 from dicomnode.config import Route
-from dicomnode.imaging.inference import Model, load_model
+from dicomnode.imaging.engines import EngineError
+from dicomnode.imaging.inference import Model, load_model, predict
 from dicomnode.imaging.manifest import GeneratorSpec, Tiling
 from dicomnode.imaging.package import ModelPackage, read_package
+from dicomnode.imaging.volume import volume_from_datasets
 from dicomnode.jobs import PRIORITIES
 from dicomnode.orders import Arriving, Cancel, Order, Outcome, Reply, Request
 from dicomnode.shelf import ModelShelf, bytes_of
@@ -133,6 +135,29 @@ def test_a_budget_smaller_than_a_model_keeps_the_one_in_use(tmp_path: Path) -> N
 def test_without_a_budget_all_models_stay(tmp_path: Path) -> None:
     shelf, loads = shelf_of(tmp_path, 0)
     assert [shelf[name].package.name for name in "abc"] == loads == ["a", "b", "c"]
+
+
+def test_the_shelf_tells_what_runs_a_model_by_now(tmp_path: Path) -> None:
+    """Also after its engine failed, and after it was put away."""
+
+    class Failing:
+        name, precision = "failing 1", "fp32"
+
+        def batch(self, rows: int, columns: int) -> int:
+            return 1
+
+        def run(self, x: np.ndarray) -> np.ndarray:
+            raise EngineError("failing 1: no more")
+
+    shelf, _ = shelf_of(tmp_path, 1)
+    model = shelf["a"]
+    assert shelf.serving["a"].refused == ()
+    model.engine = Failing()  # type: ignore[assignment]
+    predict(model, volume_from_datasets(ct_series(2, 32, 32))[0])
+    assert shelf["b"].package.name == shelf.loaded[0] == "b"
+    assert shelf.serving["a"].engine.startswith("torch")
+    assert shelf.serving["a"].refused[-1] == "failing 1: no more"
+    assert set(shelf.serving) == set("abc")
 
 
 def test_a_model_that_was_put_away_gives_the_same_bits(tmp_path: Path) -> None:

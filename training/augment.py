@@ -23,6 +23,23 @@ class Change:
     offset: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Emphasis:
+    """What the error of a pixel counts, by its true value: what is rare is not to be missed."""
+
+    above: float
+    """In the unit of the target: above it a pixel is of the rare kind (bone)."""
+    weight: float
+    below: float
+    """Below it a pixel is of what is easily told (air around the patient)."""
+    least_weight: float
+
+    def weight_of(self, physical: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Values of any shape, float32, unit of the target -> their weights, same shape."""
+        rare = np.where(physical > self.above, np.float32(self.weight), np.float32(1))
+        return np.where(physical < self.below, np.float32(self.least_weight), rare)
+
+
 def draw_change(
     mirror: bool, rotate_degrees: float, jitter: float, rng: np.random.Generator
 ) -> Change:

@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, recipe: Recipe, config_digest: str) -> int:
         recipe.load_state_dict(state["recipe"])
         return int(state["step"])
     except DAMAGE as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error
+        raise TrainingError(_damaged(path, error)) from error
 
 
 def load_more(path: Path) -> dict[str, Any]:
@@ -71,4 +71,12 @@ def load_more(path: Path) -> dict[str, Any]:
         more = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("more", {})
         return dict(more)
     except DAMAGE as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from error
+        raise TrainingError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    size = path.stat().st_size
+    return (
+        f"{path} is damaged ({size} bytes, {type(error).__name__}); put back a whole one, or "
+        "delete it to start again"
+    )

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dicomnode.errors import ConfigError, PackageError
 from dicomnode.imaging.classes import Coded
@@ -13,6 +13,8 @@ from dicomnode.imaging.intensity import Equalised, Intensity, Window
 from dicomnode.imaging.manifest import Bounds, GeneratorSpec, read_as
 from dicomnode.imaging.percentiles import Percentiles
 from dicomnode.imaging.units import MODALITY, Unit
+from training.augment import Emphasis
+from training.doses import Details, LowDose
 from training.overrides import read_settings
 from training.recipes.adversarial import Adversarial
 from training.recipes.optimisation import Optimisation
@@ -93,6 +95,8 @@ class Images:
     """A pixel is the patient where the target, in its unit, is above this; None: everywhere."""
     least_body: float = 0.05
     """Slices with a smaller share of such pixels are left out."""
+    emphasis: Emphasis | None = None
+    """What errors count by the true value, of paired images; None: all alike."""
     mirror: bool = True
     """Patches are mirrored left to right at random."""
     rotate_degrees: float = 0.0
@@ -159,43 +163,6 @@ class PublishClassifier:
 
 
 @dataclass(frozen=True, slots=True)
-class LowDose:
-    """How the lower-dose versions of a slice are made and drawn."""
-
-    realisations: int = 4
-    """Independent noise images per slice."""
-    views: int = 360
-    """Projections per half turn that make the noise."""
-    lowest: float = 0.1
-    highest: float = 0.6
-    """Doses are drawn between these fractions of the slice's own, evenly on a log scale."""
-    full_dose_share: float = 0.1
-    """Share of the samples with no noise added, which must stay as they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Details:
-    """Small known details put into source and target alike, so that they are not taken for noise.
-
-    Round to elongated spots at random places. The images hold few lesions; without this a network
-    learns that what is small and faint is noise.
-    """
-
-    share: float = 0.0
-    """Share of the samples that get any."""
-    most: int = 6
-    """Up to so many in a patch."""
-    smallest: float = 1.0
-    largest: float = 6.0
-    """Half axes, pixels."""
-    faintest_hu: float = 15.0
-    strongest_hu: float = 100.0
-    """Contrast, to either side, evenly on a log scale."""
-    weight: float = 10.0
-    """What an error inside a detail counts more than one outside."""
-
-
-@dataclass(frozen=True, slots=True)
 class Publish:
     """What the package of a translation says of itself; see docs/MODELS.md for each key."""
 
@@ -243,10 +210,13 @@ class TrainConfig:
     """Template of MODEL_CARD.md; {figures} in it are filled in."""
     runs: str = "runs"
     """Checkpoint, log and cached slices go to a folder `name` in here."""
-    low_dose: LowDose = LowDose()
-    details: Details = Details()
+    low_dose: LowDose = field(default_factory=LowDose)
+    details: Details = field(default_factory=Details)
     adversarial: Adversarial = field(default_factory=Adversarial)
     """Of the recipes with a discriminator."""
+    start: str = ""
+    """Folder of a package whose weights the generator begins with; what is not in it begins as it
+    would. Empty: all at random. For recipes of one generator."""
     residual: bool = False
     """The generator gives the difference to its (middle) source slice. Always so for low_dose."""
     publish: Publish | None = None
@@ -284,6 +254,7 @@ class TrainConfig:
             del shaping["residual"], shaping["data"]["kind"]
             if self.recipe == "supervised":
                 del shaping["adversarial"]
+        _leave_out(shaping, self)
         if isinstance(self.data, Images):  # what came later and is not used changes nothing
             for key in _LATER_IMAGES:
                 if shaping["data"][key] == Images.__dataclass_fields__[key].default:
@@ -291,7 +262,17 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
-_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter")
+def _leave_out(shaping: dict[str, Any], config: TrainConfig) -> None:
+    """Drop what came later and is not used: it changes nothing, and older runs go on."""
+    if not config.start:
+        del shaping["start"]
+    if not config.low_dose.mixed:
+        del shaping["low_dose"]["mixed"]
+    if not config.optimisation.texture_weight:
+        del shaping["optimisation"]["texture_weight"]
+
+
+_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter", "emphasis")
 _NOT_SHAPING = (
     *("package", "card", "runs", "stop_at", "threads", "save_every", "version"),
     *("publish", "classifier", "backward", "log_every", "stopping", "device"),
@@ -324,18 +305,24 @@ def _problem(config: TrainConfig) -> str | None:
         return "window: want two values, low and high"
     if min(config.save_every, config.log_every, config.optimisation.steps) < 1:
         return "save_every, log_every, optimisation.steps: want 1 or more"
+    if config.optimisation.patch < (least := _least_patch(config)):
+        return f"optimisation.patch: the discriminator's layers need {least} pixels or more"
     if isinstance(config.data, Data):
         return _problem_of_low_dose(config)
     if isinstance(config.data, Classes):
         return _problem_of_classes(config, config.data)
     if config.recipe == "classifier":
         return "recipe: classifier needs data.kind: classes"
+    if config.start and config.recipe in TWO_WAYS:
+        return f"start: {config.recipe} has two generators"
     if config.publish is None:
         return "publish: missing; it says what the package is for"
     if config.data.slices % 2 == 0 or config.data.slices < 1:
         return "data.slices: want an odd number of slices"
     if config.recipe in ("supervised", "pix2pix", "aps") and not config.data.paired:
         return f"data.paired: {config.recipe} needs pairs"
+    if config.recipe in TWO_WAYS and config.data.emphasis is not None:
+        return f"data.emphasis: {config.recipe} has no truth to weigh errors by"
     if config.recipe in TWO_WAYS and config.data.slices != 1:
         return f"data.slices: {config.recipe} goes both ways, slice by slice (1)"
     if config.recipe in TWO_WAYS and config.data.equalised != "none":
@@ -354,6 +341,13 @@ def _problem(config: TrainConfig) -> str | None:
     if isinstance(config.data.target.intensity, Percentiles):
         return "data.target.intensity: a result needs a fixed window; percentiles have no inverse"
     return None
+
+
+def _least_patch(config: TrainConfig) -> int:
+    """Pixels of a side from which on the discriminator's last map has more than one value."""
+    spec = config.adversarial.discriminator
+    judged = config.recipe not in ("supervised", "classifier") and spec.kind == "patch"
+    return 3 * 2**spec.layers if judged else 1
 
 
 def _problem_of_low_dose(config: TrainConfig) -> str | None:

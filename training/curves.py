@@ -17,7 +17,7 @@ from training.errors import TrainingError
 Curve = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, TOP, GAP = 320, 130, 46, 24, 34
 COLOURS = ("#1b6ca8", "#c1521b", "#2f7d4f", "#7b4ea3", "#8a6d00", "#444444")
-FIGURES = ("mae", "gain_db", "histogram_distance")
+FIGURES = ("mae", "gain_db", "histogram_distance", "accuracy")
 """What is drawn of a validation: the first of these that it has."""
 
 

@@ -19,7 +19,8 @@ from pydicom.errors import InvalidDicomError
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.intensity import Window
 from dicomnode.imaging.volume import volume_from_datasets
-from training.config import Data, Details, Folder, LowDose
+from training.config import Data, Folder
+from training.doses import Details, LowDose
 from training.errors import TrainingError
 from training.lowdose import insert_low_dose, own_noise_again
 from training.recipes import Batch
@@ -135,14 +136,29 @@ def _draw_patch(
         added = draw_details(details, patch, rng)
     target = target + added
     weight = 1.0 + np.float32(details.weight) * (np.abs(added) >= details.faintest_hu / 2)
-    realisation = int(rng.integers(len(sample.noise)))
-    noise = sample.noise[realisation][window].astype(np.float32)
+    noise = _draw_noise(sample, window, low_dose.mixed, rng)
     dose = float(np.exp(rng.uniform(np.log(low_dose.lowest), np.log(low_dose.highest))))
     if rng.random() < low_dose.full_dose_share:
         dose = 1.0
     source = insert_low_dose(target, noise, dose)
     turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
     return tuple(_turn(plane, turns, mirrored) for plane in (source, target, weight))
+
+
+def _draw_noise(
+    sample: Sample, window: tuple[slice, slice], mixed: bool, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """One realisation, or a mixture of all, (rows, columns), float32, HU."""
+    here = (slice(None), *window)
+    realisations: NDArray[np.float32] = sample.noise[here].astype(np.float32)
+    weights = np.zeros(len(realisations), np.float32)
+    if mixed:
+        weights[:] = rng.normal(size=len(realisations))
+        weights /= np.linalg.norm(weights)
+    else:
+        weights[int(rng.integers(len(realisations)))] = 1.0
+    mixture: NDArray[np.float32] = np.tensordot(weights, realisations, axes=1)
+    return mixture
 
 
 def draw_details(details: Details, patch: int, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -39,6 +39,8 @@ SHARE = "0.7"
 
 
 def main(argv: Sequence[str]) -> None:
+    if not argv:
+        raise ConfigError("usage: python training/distil.py CONFIG teacher=FOLDER [share=0.7]")
     options = {"teacher": "", "share": SHARE}
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     overrides = [word for word in argv[1:] if word not in own]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dicomnode.errors import ConfigError, DicomNodeError
-from dicomnode.imaging.classifier import load_classifier, read_classifier
+from dicomnode.imaging.classifier import LoadedClassifier, load_classifier, read_classifier
 from dicomnode.imaging.inference import Model, load_model, predict
 from dicomnode.imaging.package import read_package
 from dicomnode.imaging.volume import Volume
@@ -33,7 +33,7 @@ from training.agreement import (
     mean_area,
 )
 from training.classification import labels_of
-from training.config import Classes, TrainConfig, load_config
+from training.config import Classes, load_config
 from training.pictures import Picture, find_pictures, plainly_known
 from training.split import PARTS, read_split
 
@@ -43,6 +43,10 @@ SPACING_MM = 0.7
 
 
 def main(argv: Sequence[str]) -> None:
+    if not argv:
+        raise ConfigError(
+            "usage: python training/downstream.py CONFIG [denoiser=FOLDER dose=0.25 part=test]"
+        )
     options = {"denoiser": "models/ldct-denoise", "dose": "0.25", "part": "test"}
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
@@ -58,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     asked = [p for p in found.pictures if p.group in split[options["part"]]]
     train = [p for p in found.pictures if p.group in split["train"]]
     versions = versions_of(asked, config.data, float(options["dose"]), denoiser, config.seed)
-    found_by = probabilities(config, versions)
+    classifier = load_classifier(read_classifier(Path(config.package)))
+    found_by = probabilities(classifier, versions)
     for line in table(asked, train, found_by, config.data):
         print(line)
     print()
@@ -105,9 +110,10 @@ def _denoised(grey: Grey, data: Classes, model: Model) -> Grey:
     return result
 
 
-def probabilities(config: TrainConfig, versions: Mapping[str, Sequence[Grey]]) -> dict[str, Floats]:
-    """What the trained package says of each version, as the node would serve it."""
-    classifier = load_classifier(read_classifier(Path(config.package)))
+def probabilities(
+    classifier: LoadedClassifier, versions: Mapping[str, Sequence[Grey]]
+) -> dict[str, Floats]:
+    """What a package says of each version, (pictures, classes), as the node would serve it."""
     window = classifier.package.manifest.input.intensity
     scale = (window.high - window.low) / 255.0
     return {

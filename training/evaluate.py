@@ -4,6 +4,7 @@
     python training/evaluate.py training/configs/ldct-denoise.yaml part=validation dose=0.1
     python training/evaluate.py training/configs/ldct-denoise.yaml patients=yes compare=yes
     python training/evaluate.py training/configs/cect.yaml profile=synthrad2025 card=yes
+    python training/evaluate.py training/configs/chest-classes.yaml
     python training/evaluate.py result=FOLDER truth=FOLDER unit=HU out=FOLDER
 
 Writes report.html and metrics.json to `out` (of a config: runs/NAME/evaluation-PART). Figures are
@@ -15,6 +16,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -25,7 +27,8 @@ from dicomnode.imaging.inference import Model, load_model
 from dicomnode.imaging.package import read_package
 from dicomnode.imaging.units import Unit
 from training.card import write_evaluation
-from training.config import Data, Images, TrainConfig, load_config
+from training.class_figures import judge_classes
+from training.config import Classes, Data, Images, TrainConfig, load_config
 from training.denoising import judge_denoiser
 from training.evaluation import Evaluation, evaluate
 from training.features import load_extractor
@@ -42,18 +45,27 @@ from training.studies import (
     low_dose_studies,
     window_of,
 )
+from training.unpaired import Way, judge_unpaired
 
 _BOTH = {"profile": "standard", "exam": "abdomen", "range": "", "features": "", "out": ""}
 _OF_CONFIG = {
     "part": "test",
     "dose": "0.25",
     "package": "",
+    "other": "",
     "patients": "no",
     "compare": "no",
     "way": "forward",
+    "back": "",
     "card": "no",
     **_BOTH,
 }
+_OF_KINDS: Mapping[type, tuple[str, ...]] = {
+    Data: ("part", "dose", "package", "other", "patients", "compare", "card", *_BOTH),
+    Images: ("part", "package", "other", "way", "back", "card", *_BOTH),
+    Classes: ("part", "package", "out"),
+}
+"""Options that mean something for each kind of data."""
 _OF_FOLDERS = {
     **dict.fromkeys(("result", "truth", "unit", "mask", "other", "labels", "patient"), ""),
     **_BOTH,
@@ -74,53 +86,108 @@ def judge_config(argv: Sequence[str]) -> None:
     """A package on a part of the patients of a run."""
     own = [word for word in argv[1:] if word.partition("=")[0] in _OF_CONFIG]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
-    options = _OF_CONFIG | dict(word.split("=", 1) for word in own)
+    given = dict(word.split("=", 1) for word in own)
+    options = _OF_CONFIG | given
     _check(options)
+    if odd := sorted(set(given) - set(_OF_KINDS[type(config.data)])):
+        raise ConfigError(f"{odd[0]}: means nothing for data.kind: {config.data.kind}")
     if options["part"] not in PARTS:
         raise ConfigError(f"part: want one of {', '.join(PARTS)}")
     torch.set_num_threads(config.threads)
+    out = Path(options["out"] or config.out / f"evaluation-{options['part']}")
+    if isinstance(config.data, Classes):
+        path = Path(options["package"] or config.package)
+        print(*judge_classes(config.data, path, options["part"], out), sep="\n")
+        return
     if isinstance(config.data, Data):
-        found, model = _denoiser(config, config.data, options)
-    elif isinstance(config.data, Images):
-        found, model = _translation(config, config.data, options)
+        found, model, more = _denoiser(config, config.data, options)
+    elif config.data.paired:
+        found, model, more = _translation(config, config.data, options)
     else:
-        raise ConfigError("data.kind: this judges images; see training/downstream.py for classes")
+        found, model, more = _unpaired(config, config.data, options)
     package = model.package
     facts = {
         "package": f"{package.name} {package.version}, digest {package.digest}",
         "patients": f"part {options['part']} of {config.data.split}",
         "data": _collections(config.data),
+        **more,
     }
-    if isinstance(config.data, Data):
-        facts["dose"] = options["dose"]
-    out = Path(options["out"] or config.out / f"evaluation-{options['part']}")
     data = _write(found, out, package.name, argv, facts)
     if options["card"] == "yes":
         written = write_evaluation(package, data)
         print(f"wrote the figures to the card of {package.path}, digest {written.digest}")
 
 
-def _denoiser(config: TrainConfig, data: Data, options: Options) -> tuple[Evaluation, Model]:
-    model = load_model(read_package(Path(options["package"] or config.package)))
+Judged = tuple[Evaluation, Model, dict[str, str]]
+"""The figures, the package they are of, and what else the report is to say."""
+
+
+def _denoiser(config: TrainConfig, data: Data, options: Options) -> Judged:
+    model = _load("package", Path(options["package"] or config.package))
     part, dose = options["part"], _number("dose", options["dose"])
     words = (options["patients"] == "yes", options["compare"] == "yes")
     judge_denoiser(config, data, model, part, dose, *words)
     asked = _asked(options, "HU", None)
     extractor = load_extractor(options["features"]) if options["features"] else None
-    studies = low_dose_studies(config, data, model, part, dose)
-    return evaluate(studies, asked, extractor), model
+    other, facts = _other(options)
+    studies = low_dose_studies(config, data, model, part, dose, other)
+    return evaluate(studies, asked, extractor), model, facts | {"dose": options["dose"]}
 
 
-def _translation(config: TrainConfig, data: Images, options: Options) -> tuple[Evaluation, Model]:
-    package = config.package
-    if options["way"] == "backward":
-        if config.backward is None:
-            raise ConfigError("way: the config has no backward")
-        package, data = config.backward.package, turned_round(data)
-    model = load_model(read_package(Path(options["package"] or package)))
+def _translation(config: TrainConfig, data: Images, options: Options) -> Judged:
+    if options["back"]:
+        raise ConfigError("back: pairs have their truth; the way back is of images without")
+    data, package, _ = _way(config, data, options)
+    model = _load("package", package)
     asked = _asked(options, data.target.unit, window_of(data))
     extractor = load_extractor(options["features"]) if options["features"] else None
-    return evaluate(image_studies(config, data, model, options["part"]), asked, extractor), model
+    other, facts = _other(options)
+    studies = image_studies(config, data, model, options["part"], other)
+    return evaluate(studies, asked, extractor), model, facts
+
+
+def _other(options: Options) -> tuple[Model | None, dict[str, str]]:
+    """The package it is compared with, if one is named."""
+    if not options["other"]:
+        return None, {}
+    other = _load("other", Path(options["other"]))
+    package = other.package
+    words = f"{package.name} {package.version}, digest {package.digest}"
+    return other, {"compared with": words}
+
+
+def _unpaired(config: TrainConfig, data: Images, options: Options) -> Judged:
+    if options["other"]:
+        raise ConfigError("other: images without pairs have no truth to compare two packages by")
+    if options["profile"] != "standard":
+        raise ConfigError("profile: images without pairs have no truth; only the standard one")
+    data, package, back = _way(config, data, options)
+    model = _load("package", package)
+    other = _load("back", back) if back is not None else None
+    asked = replace(_asked(options, data.target.unit, window_of(data)), profile="unpaired")
+    extractor = load_extractor(options["features"]) if options["features"] else None
+    way = Way(model, other)
+    found, floor = judge_unpaired(config, data, way, options["part"], asked, extractor)
+    words = f"{floor:.4g} {asked.unit}: real images of the training patients to those of this part"
+    return found, model, {"histogram distance to compare with": words}
+
+
+def _way(config: TrainConfig, data: Images, options: Options) -> tuple[Images, Path, Path | None]:
+    """The images as the way that is judged sees them, its package, and that of the way back."""
+    there: str = config.package
+    back = config.backward.package if config.backward is not None else None
+    if options["way"] == "backward":
+        if back is None:
+            raise ConfigError("way: the config has no backward")
+        there, back, data = back, there, turned_round(data)
+    back = options["back"] or back
+    return data, Path(options["package"] or there), Path(back) if back else None
+
+
+def _load(key: str, path: Path) -> Model:
+    if not path.is_dir():
+        raise ConfigError(f"{key}: no package {path}; train it first, or name one by {key}=FOLDER")
+    return load_model(read_package(path))
 
 
 def judge_folders(argv: Sequence[str]) -> None:

@@ -24,12 +24,13 @@ class Shown:
     Attributes:
         number: of the patient, as in every table.
         source: in its own unit; None: not known.
+        truth: None: there is none.
     """
 
     number: int
     source: NDArray[np.float32] | None
     result: NDArray[np.float32]
-    truth: NDArray[np.float32]
+    truth: NDArray[np.float32] | None
     same_unit: bool
     """The source is in the unit of the result."""
 
@@ -161,8 +162,7 @@ def evaluate(
 def _shown(study: Study) -> Shown:
     index = int(study.body.sum(axis=(1, 2)).argmax())
     source = None if study.source is None else study.source[index]
-    same_unit = study.other is study.source
-    return Shown(0, source, study.result[index], study.truth[index], same_unit)
+    return Shown(0, source, study.result[index], study.truth[index], study.same_unit)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.manifest import (
@@ -85,8 +86,8 @@ def describe(
             padding=Padding("reflect", generator.multiple),
         ),
         output=OutputSpec(modality="CT", unit="HU", intensity=window, residual=True),
-        normalisation="none",
-        tiling=Tiling(allowed=True, overlap=_round_up(generator.receptive_field, 8)),
+        normalisation=normalisation_of(generator),
+        tiling=tiling_of(generator),
         bounds=Bounds(
             modality=("CT",),
             pixel_spacing_mm=Range(0.4, 1.2),
@@ -166,5 +167,17 @@ def _count(samples: Sequence[Sample], split: Split, part: str) -> tuple[int, int
     return len(patients), len(set(patients))
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def normalisation_of(generator: nn.Module) -> Any:
+    """none, batch or instance: what the network's normalisation layers look at."""
+    kinds = {type(module) for module in generator.modules()}
+    if nn.InstanceNorm2d in kinds:
+        return "instance"
+    return "batch" if nn.BatchNorm2d in kinds else "none"
+
+
+def tiling_of(generator: Generator) -> Tiling:
+    """Whether the node may cut slices into tiles, and by how much these overlap."""
+    if not generator.tiles_exactly:
+        return Tiling(allowed=False, overlap=0)
+    step = math.lcm(8, generator.multiple)
+    return Tiling(allowed=True, overlap=-(-generator.receptive_field // step) * step)

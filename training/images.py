@@ -48,9 +48,12 @@ def read_image(path: Path, unit: Unit, eight_bit: tuple[float, float] | None = N
         if path.suffix == ".npy":
             return _plausible(_plain(np.load(path, allow_pickle=False), path), unit, path)
         if path.suffix == ".png":
-            return _plausible(_plain(_png(path, eight_bit), path), unit, path)
+            image = _plain(_png(path, eight_bit), path)
+            return _plausible(image, unit, path, grey=eight_bit is None)
     except (OSError, EOFError, RuntimeError, ValueError, UnidentifiedImageError) as error:
-        raise TrainingError(f"{path}: cannot be read: {type(error).__name__}") from error
+        raise TrainingError(
+            f"{path}: cannot be read ({type(error).__name__}); is it whole?"
+        ) from error
     raise TrainingError(f"{path}: not DICOM, NIfTI, MetaImage, NRRD, NPY or PNG")
 
 
@@ -174,16 +177,23 @@ def _check_whole(path: Path) -> None:
 _POSSIBLE: dict[Unit, tuple[float, float]] = {"HU": (-33000, 66000), "SUV": (-10, 5000)}
 """No value is beyond in these units; Bq/ml and MR values have no bounds."""
 
+_GREY_FROM = 100.0
+"""HU without anything below 0 are those of a window; none of soft tissue reaches so far."""
 
-def _plausible(image: Any, unit: Unit, path: Path) -> Any:
-    """What has no header to say its unit must at least be able to have it."""
+
+def _plausible(image: Any, unit: Unit, path: Path, *, grey: bool = True) -> Any:
+    """What has no header to say its unit must at least be able to have it.
+
+    Args:
+        grey: values from 0 to 255 are grey ones; nobody has said what these stand for.
+    """
     voxels = voxels_of(image)
     if not np.isfinite(voxels).all():
         raise TrainingError(f"{path}: holds values that are not finite")
     low, high = float(voxels.min()), float(voxels.max())
     least, most = _POSSIBLE.get(unit, (-math.inf, math.inf))
-    scaled = unit == "HU" and -1.0 <= low < high <= 1.0
-    if scaled or low < least or high > most:
+    scaled = -1.0 <= low < high <= 1.0 or (grey and low >= 0 and _GREY_FROM < high <= 255)
+    if (unit == "HU" and scaled) or low < least or high > most:
         raise TrainingError(f"{path}: values from {low:.6g} to {high:.6g} are not {unit}")
     return image
 

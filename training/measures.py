@@ -27,8 +27,9 @@ from training.similarity import (
 )
 from training.studies import Study
 
-Profile = Literal["standard", "synthrad2023", "synthrad2025", "ldctbench"]
-PROFILES: tuple[Profile, ...] = get_args(Profile)
+Profile = Literal["standard", "synthrad2023", "synthrad2025", "ldctbench", "unpaired"]
+PROFILES: tuple[Profile, ...] = get_args(Profile)[:-1]
+"""Those with a truth; `unpaired` is what images without one are judged by (unpaired.py)."""
 _SMALLEST_SCALES = 176
 """Side below which a slice has no five scales."""
 
@@ -233,9 +234,25 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
 }
 """The same of the published profiles."""
+_UNPAIRED: Mapping[str, tuple[str, str]] = {
+    "histogram_distance": (
+        "first Wasserstein distance of the values in the body to those of real images of other "
+        "patients",
+        "unit",
+    ),
+    "information_kept": (
+        "normalised mutual information of source and result in the body; 1: strangers",
+        "1",
+    ),
+    "cycle_error": (
+        "mean absolute error of what the way back makes of the result, in the source's unit",
+        "source's unit",
+    ),
+}
 
 
 def meaning(name: str, asked: Asked) -> tuple[str, str]:
     """What a figure is, and its unit."""
-    words, unit = PUBLISHED.get(asked.profile, MEANING)[name]
+    known = {**PUBLISHED, "unpaired": _UNPAIRED}
+    words, unit = known.get(asked.profile, MEANING)[name]
     return words, asked.unit if unit == "unit" else unit

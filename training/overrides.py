@@ -17,11 +17,18 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> Any:
     """
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
-        for override in overrides:
-            key, _, value = override.partition("=")
-            _set(data, key.split("."), yaml.safe_load(value))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: want key=value, with dots for nested keys")
+        try:
+            _set(data, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{key}: {value} is no YAML; put it in quotes: '{key}=\"{value}\"'"
+            ) from error
     return data
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dicomnode.imaging.equalise import with_equalised
 from dicomnode.imaging.intensity import Equalised
-from dicomnode.imaging.percentiles import intensity_of
+from dicomnode.imaging.percentiles import Whole, intensity_of
 from training.augment import brightened, cut, cut_weight, draw_change
 from training.config import Images, Side
 from training.errors import TrainingError
@@ -167,11 +167,15 @@ def draw_batch(
         there = at if data.paired else _place(target.body, patch, rng)
         change = draw_change(data.mirror, data.rotate_degrees, data.jitter, rng)
         weight = _at_least(target.body[None].astype(np.float32), patch)
+        weight = cut_weight(weight, there, change)
+        if data.emphasis is not None:
+            true = cut(_at_least(target.physical[None], patch), there, change)
+            weight = weight * data.emphasis.weight_of(true)
         drawn.append(
             (
                 brightened(cut(_at_least(source.network, patch), at, change), change),
                 cut(_at_least(target.network, patch), there, change),
-                cut_weight(weight, there, change),
+                weight,
             )
         )
     return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)))
@@ -318,7 +322,7 @@ def _planes(
     side: Side,
     channels: int,
 ) -> list[Plane]:
-    network = intensity_of(side.intensity, voxels).to_network(voxels)
+    network = intensity_of(side.intensity, Whole(voxels)).to_network(voxels)
     if isinstance(side.intensity, Equalised):  # no HU: errors are in grey values
         voxels = side.intensity.from_network(network)
     last, reach = len(voxels) - 1, channels // 2

@@ -7,6 +7,12 @@
 
 The last is for contrast-enhanced CT: real slices without agent, below `../shared/data`, of patients
 who did not train. Which figures depends on the task of the package: see training/proofs.
+
+    python training/prove.py training/configs/ldct-denoise.yaml against=models/ldct-denoise@1.0.0
+    python training/prove.py training/configs/ldct-denoise.yaml pair=FOLDER
+
+A denoiser at three doses beside its input and another version; `pair` is a scanned slice of quarter
+and full dose (training/proofs/denoising.py), judged after the patients.
 """
 
 import sys
@@ -19,18 +25,20 @@ from pydicom import dcmread
 from dicomnode.errors import ConfigError, DicomNodeError
 from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.package import read_package
-from training.config import Images, load_config
-from training.data import patient_hash
+from dicomnode.imaging.percentiles import Percentiles
+from training.config import Data, Images, TrainConfig, load_config
+from training.data import load_samples, patient_hash
+from training.figures import denoiser
 from training.pairs import find_images, patient_of
-from training.proofs import contrast, delayed_pet, mr_ct
+from training.proofs import contrast, delayed_pet, denoising, mr_ct
 from training.proofs.case import Case
 from training.split import PARTS, read_split
 from training.translation import translator
 
 PLAIN_ROOT = Path("../shared/data")
 PROOFS: Mapping[str, Callable[[Case], list[str]]] = {
-    "syn_ct": mr_ct.ct_from_mr,
-    "syn_mr": mr_ct.mr_from_ct,
+    "syn_ct": mr_ct.lines,
+    "syn_mr": mr_ct.lines,
     "delayed_pet": delayed_pet.lines,
     "ce_ct": contrast.lines,
 }
@@ -39,14 +47,17 @@ PROOFS: Mapping[str, Callable[[Case], list[str]]] = {
 def main(argv: Sequence[str]) -> None:
     if not argv:
         raise ConfigError("usage: python training/prove.py CONFIG [part=PART] [package=FOLDER]")
-    options = {"part": "test", "package": "", "plain": ""}
+    options = {"part": "test", "package": "", "plain": "", "against": "", "pair": ""}
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
     options |= dict(word.split("=", 1) for word in own)
-    if not isinstance(config.data, Images) or config.publish is None:
-        raise ConfigError("data.kind: this judges translations; see training/evaluate.py")
     if options["part"] not in PARTS:
         raise ConfigError(f"part: want one of {', '.join(PARTS)}")
+    if isinstance(config.data, Data):
+        prove_denoiser(config, config.data, options)
+        return
+    if not isinstance(config.data, Images) or config.publish is None:
+        raise ConfigError("data.kind: this judges images; see training/downstream.py for classes")
     if config.publish.task not in PROOFS:
         raise ConfigError(f"publish.task: {config.publish.task} has no proof of its own")
     torch.set_num_threads(config.threads)
@@ -68,6 +79,42 @@ def main(argv: Sequence[str]) -> None:
             *contrast.plain_lines(case.apply, case.data, files),
             sep="\n",
         )
+
+
+def prove_denoiser(config: TrainConfig, data: Data, options: Mapping[str, str]) -> None:
+    """A table per dose, and one of the scanned pair."""
+    torch.set_num_threads(config.threads)
+    folders = [options["against"], options["package"] or config.package]
+    models = [
+        load_model(read_package(Path(one)), device="cpu", precision="fp32")
+        for one in folders
+        if one
+    ]
+    methods = {}
+    for model in models:
+        package, scale = model.package, model.package.manifest.input.intensity
+        if isinstance(scale, Percentiles):
+            raise ConfigError(
+                "package: percentiles are of a whole volume; this judges slices in HU"
+            )
+        name = f"{package.name} {package.version}"
+        methods[name if name not in methods else f"{name}, the second"] = denoiser(
+            model.generator, scale
+        )
+        print(f"{name}, digest {package.digest}")
+    samples, _ = load_samples(data, config.low_dose, config.seed, config.out / "cache")
+    patients = read_split(Path(data.split))[options["part"]]
+    mine = [sample for sample in samples if sample.patient in patients]
+    print(f"{options['part']}: {len(mine)} slices of {len({s.patient for s in mine})} patients")
+    for dose in denoising.DOSES:
+        print(
+            f"\n{dose:g} of the dose\n",
+            *denoising.lines(denoising.at_dose(mine, dose), methods),
+            sep="\n",
+        )
+    if options["pair"]:
+        pair = denoising.scanned_pair(Path(options["pair"]))
+        print("\nscanned pair, quarter dose\n", *denoising.lines(pair, methods), sep="\n")
 
 
 def _not_trained(files: Sequence[Path], case: Case) -> list[Path]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dicomnode.errors import ConfigError
 from dicomnode.imaging.intensity import Equalised, Intensity, Window
@@ -20,14 +19,13 @@ from dicomnode.imaging.manifest import (
     OutputSpec,
     Padding,
     Range,
-    Tiling,
 )
 from dicomnode.imaging.networks import Generator
 from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.percentiles import Percentiles
 from training.config import Backward, Images, Publish, TrainConfig
 from training.errors import TrainingError
-from training.export import golden_input
+from training.export import golden_input, normalisation_of, tiling_of
 from training.pairs import Found, Plane
 from training.split import PARTS, Split
 from training.translation import TranslationFigures, evaluate_planes, translator
@@ -106,11 +104,9 @@ def _manifest(
     validation: Mapping[str, Any],
 ) -> Manifest:
     publish: Publish = target.publish
-    normalisation = normalisation_of(generator)
     spacing = [plane.spacing_mm[0] for plane in planes]
     sides = [max(plane.physical.shape) for plane in planes]
     view = [plane.spacing_mm[1] * plane.physical.shape[1] for plane in planes]
-    exact = generator.tiles_exactly
     return Manifest(
         format=1,
         name=target.name,
@@ -134,8 +130,8 @@ def _manifest(
             intensity=data.target.intensity,
             residual=config.residual,
         ),
-        normalisation=normalisation,
-        tiling=Tiling(exact, _overlap(generator) if exact else 0),
+        normalisation=normalisation_of(generator),
+        tiling=tiling_of(generator),
         bounds=publish.bounds,
         dicom=DicomSpec(target.name, publish.algorithm_family, config.version, publish.remark),
         licence=publish.licence,
@@ -144,19 +140,6 @@ def _manifest(
         validation=validation,
         qa=publish.qa,
     )
-
-
-def normalisation_of(generator: nn.Module) -> Any:
-    """none, batch or instance: what the network's normalisation layers look at."""
-    kinds = {type(module) for module in generator.modules()}
-    if nn.InstanceNorm2d in kinds:
-        return "instance"
-    return "batch" if nn.BatchNorm2d in kinds else "none"
-
-
-def _overlap(generator: Generator) -> int:
-    step = np.lcm(8, generator.multiple)
-    return int(-(-generator.receptive_field // step) * step)
 
 
 def _describe_training(

@@ -204,11 +204,11 @@ def picture(fixed: Any, moving: Any, result: Registered, units: tuple[Unit, Unit
     else:
         identity = sitk.Transform(3, sitk.sitkIdentity)
         before = voxels_of(sitk.Resample(moving, fixed, identity, sitk.sitkLinear, 0.0))
-    ours = _grey(voxels_of(fixed), body_of(fixed, units[0]))
-    body = body_of(result.moved, units[1])
+    ours = _grey(voxels_of(fixed), _ends(fixed, units[0]))
+    ends = _ends(result.moved, units[1])  # the same before and after: only places may differ
     rows = []
     for voxels in (before, voxels_of(result.moved)):
-        theirs = _grey(voxels, body)
+        theirs = _grey(voxels, ends)
         slices, lines, _ = (n // 2 for n in ours.shape)
         views = [_view(ours[slices], theirs[slices], 1.0)]
         if not flat:
@@ -226,10 +226,17 @@ def _cropped(voxels: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.
     return whole
 
 
-def _grey(voxels: NDArray[np.float32], body: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """0 to 255 between the 1st and 99th percentile of the body."""
+def _ends(image: Any, unit: Unit) -> tuple[float, float]:
+    """1st and 99th percentile of the body."""
+    voxels, body = voxels_of(image), body_of(image, unit)
     low, high = np.percentile(voxels[body] if body.any() else voxels, (1, 99))
-    grey = (voxels - low) / max(float(high - low), 1e-6) * 255
+    return float(low), float(high)
+
+
+def _grey(voxels: NDArray[np.float32], ends: tuple[float, float]) -> NDArray[np.uint8]:
+    """0 to 255 between two values."""
+    low, high = ends
+    grey = (voxels - low) / max(high - low, 1e-6) * 255
     return np.asarray(np.clip(grey, 0, 255), np.uint8)
 
 

@@ -47,12 +47,11 @@ def report(found: Evaluation, title: str, facts: Mapping[str, str]) -> str:
     asked = found.asked
     number = len(set(found.patients))
     notes = [] if number > 1 else ["One patient: no interval, test or agreement means anything."]
+    if asked.profile == "unpaired":
+        notes.append("No slice has its truth: none of these figures says that a result is right.")
     if found.spread is not None and found.spread.warning:
         notes.append(f"{found.spread.name}: {found.spread.warning}.")
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        _table([], [[name, f"<code>{escape(words)}</code>"] for name, words in facts.items()], 1),
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
         "<h2>Figures</h2>",
         f"<p>Means over {number} patients ({len(found.patients)} volumes), each patient's volumes "
         "averaged first; intervals are 95 %, by bootstrap over patients. Profile "
@@ -67,9 +66,25 @@ def report(found: Evaluation, title: str, facts: Mapping[str, str]) -> str:
         _legend(asked),
         *(_picture(shown, asked) for shown in found.pictures),
     ]
+    return page(title, facts, notes, parts)
+
+
+def page(title: str, facts: Mapping[str, str], notes: Sequence[str], parts: Sequence[str]) -> str:
+    """A whole page that needs nothing else.
+
+    Args:
+        facts: name -> words, above everything.
+        notes: what a reader must not overlook.
+        parts: HTML.
+    """
+    top = [
+        f"<h1>{escape(title)}</h1>",
+        table([], [[name, f"<code>{escape(words)}</code>"] for name, words in facts.items()], 1),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
+    ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     width = '<meta name="viewport" content="width=device-width">'
-    body = "\n".join(parts)
+    body = "\n".join([*top, *parts])
     return f'<!doctype html><html lang="en"><head>{head}{width}</head><body>{body}</body></html>\n'
 
 
@@ -81,7 +96,7 @@ def _figures(found: Evaluation) -> str:
         rows.append(
             [name, f"{over.mean:.4g}", interval, f"{over.deviation:.3g}", unit, escape(words)]
         )
-    return _table(["figure", "mean", "95 % interval", "SD", "unit", "what it is"], rows, 5)
+    return table(["figure", "mean", "95 % interval", "SD", "unit", "what it is"], rows, 5)
 
 
 def _differences(found: Evaluation) -> str:
@@ -99,7 +114,7 @@ def _differences(found: Evaluation) -> str:
     ]
     head = ["figure", "difference", "95 % interval", "p, paired t", "p, Wilcoxon"]
     words = "<p>Result minus what it is compared with, by patient; p values are two-sided and not "
-    return f"<h2>Compared</h2>{words}corrected for the number of figures.</p>{_table(head, rows)}"
+    return f"<h2>Compared</h2>{words}corrected for the number of figures.</p>{table(head, rows)}"
 
 
 def _spread(found: Evaluation) -> str:
@@ -112,7 +127,7 @@ def _spread(found: Evaluation) -> str:
         ["features", str(spread.length)],
         ["grey values", escape(spread.window)],
     ]
-    return f"<h2>{escape(spread.name)}</h2>{_table([], rows)}"
+    return f"<h2>{escape(spread.name)}</h2>{table([], rows)}"
 
 
 def _agreements(found: Evaluation) -> str:
@@ -169,16 +184,17 @@ def _patients(found: Evaluation) -> str:
         [str(number), *(f"{own[name]:.4g}" if name in own else "" for name in names)]
         for number, own in enumerate(found.by_patient(), start=1)
     ]
-    return _table(["patient", *names], rows)
+    return table(["patient", *names], rows)
 
 
 def _legend(asked: Asked) -> str:
     low, high = _WINDOWS.get(asked.unit, (asked.low, asked.high))
     error = _error_of(asked)
     return (
-        "<p>The slice with most of the body, of up to eight patients. Source, result, truth, and "
-        f"result minus truth. Windows are fixed: {low:g} to {high:g} {asked.unit}; the difference "
-        f"from blue (-{error:g}) over white to red (+{error:g} {asked.unit}). A source in another "
+        "<p>The slice with most of the body, of up to eight patients: source and result, and where "
+        f"there is one truth and result minus truth. Windows are fixed: {low:g} to {high:g} "
+        f"{asked.unit}; the difference from blue (-{error:g}) over white to red (+{error:g} "
+        f"{asked.unit}). A source in another "
         "unit is shown from its 1st to its 99th percentile.</p>"
     )
 
@@ -190,12 +206,14 @@ def _error_of(asked: Asked) -> float:
 def _picture(shown: Shown, asked: Asked) -> str:
     low, high = _WINDOWS.get(asked.unit, (asked.low, asked.high))
     images = {"result": shown.result, "truth": shown.truth}
-    greys = {name: _grey(image, low, high) for name, image in images.items()}
+    known = {name: image for name, image in images.items() if image is not None}
+    cells = {name: _grey(image, low, high) for name, image in known.items()}
     if shown.source is not None:
         own = (low, high) if shown.same_unit else _percentiles(shown.source)
-        greys = {"source": _grey(shown.source, *own), **greys}
-    error = _coloured((shown.result - shown.truth) / _error_of(asked))
-    cells = {**greys, "result - truth": error}
+        cells = {"source": _grey(shown.source, *own), **cells}
+    if shown.truth is not None:
+        error = (shown.result - shown.truth) / _error_of(asked)
+        cells["result - truth"] = _coloured(error)
     figures = "".join(
         f'<figure><img alt="{name}" src="{_data(pixels)}"><figcaption>{name}</figcaption></figure>'
         for name, pixels in cells.items()
@@ -227,7 +245,7 @@ def _data(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = -1) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = -1) -> str:
     """Cells are HTML; the column `words` is one of text."""
 
     def row(cells: Sequence[str], tag: str) -> str:

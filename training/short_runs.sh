@@ -1,12 +1,12 @@
 #!/bin/bash
-# Every recipe for a few minutes on real data, from config to a translated series:
+# Every recipe for a few minutes on real data: config, train, evaluate, package, a translated series.
 #   bash training/short_runs.sh [OUT] [RECIPE ...]
 # Networks and patches are small: this shows that everything works together, not how good it gets.
 # The pairs of PET and contrast are calculated from real images (docs/TRAINING.md); make them first.
 # Packages, results and curves.svg go to OUT (runs/short).
 set -euo pipefail
 out=${1:-runs/short}; shift || true
-wanted=" ${*:-supervised pix2pix cyclegan sccyclegan aps gan_circle} "
+wanted=" ${*:-supervised pix2pix cyclegan sccyclegan aps gan_circle classifier} "
 python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH=. OMP_NUM_THREADS=1
 mkdir -p "$out"
@@ -20,9 +20,10 @@ run() { # RECIPE PRESET DICOM [override ...]
   echo "== $recipe: training/configs/papers/$preset.yaml $*"
   "$python" training/train.py "training/configs/papers/$preset.yaml" "runs=$out" "package=$package" \
     stopping=null threads=1 log_every=5 device=cpu "$@"
-  if [[ $recipe != cyclegan && $recipe != sccyclegan ]]; then # without pairs nothing to compare with
-    "$python" training/evaluate.py "training/configs/papers/$preset.yaml" "runs=$out" "package=$package" "$@"
-  fi
+  local words=()
+  [[ $recipe != sccyclegan ]] || words=(data.paired=true) # trained without pairs, of which there are
+  "$python" training/evaluate.py "training/configs/papers/$preset.yaml" "runs=$out" "package=$package" \
+    "$@" "${words[@]}"
   "$python" -m dicomnode run --config "$out/config.yaml" --model "$preset" --out "$out/derived/$preset" "$dicom"
 }
 
@@ -53,4 +54,15 @@ ln -sfn ../ldct-red-cnn/cache "$out/ldct-gan-circle/cache"
 run gan_circle ldct-gan-circle "$data/dicom/ct/contrast_abdomen_GE_CRLM-CT-1004" \
   "$slices" $noise generator.options.width=16 \
   optimisation.steps=80 save_every=20 optimisation.batch_size=1 adversarial.discriminator.width=16
+if [[ $wanted == *" classifier "* ]]; then # the node serves it beside a translation
+  package="$out/packages/chest-classes"
+  echo "== classifier: training/configs/chest-classes.yaml"
+  "$python" training/train.py training/configs/chest-classes.yaml "runs=$out" "package=$package" \
+    log_every=5 save_every=10 optimisation.steps=40 device=cpu
+  "$python" training/evaluate.py training/configs/chest-classes.yaml "runs=$out" "package=$package"
+  ln -sfn "$(realpath models)"/* "$out/packages/"
+  sed "s#^      classifier: null.*#      classifier: chest-classes#" "$out/config.yaml" >"$out/classifier.yaml"
+  { "$python" -m dicomnode check --config "$out/classifier.yaml" || true; } | # no peer answers here
+    grep "^classifier"
+fi
 "$python" training/curves.py "$out/curves.svg" "$out"/*/losses.csv

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from scipy import ndimage
 
+from dicomnode.errors import DicomNodeError
 from training.data import patient_hash
 from training.errors import TrainingError
 from training.images import read_image, voxels_of
@@ -133,4 +134,7 @@ def _regions(hu: Plane, mm: float) -> Plane:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DicomNodeError as error:
+        raise SystemExit(str(error)) from None

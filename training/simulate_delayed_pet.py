@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dicomnode.errors import DicomNodeError
 from training.errors import TrainingError
 from training.kinetics import TISSUES, activity, drawn, excreted
 from training.pet_anatomy import CLASSES, ActivityMap, drawn_body, real_limb, real_whole_body
@@ -101,4 +102,7 @@ def _noisy(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DicomNodeError as error:
+        raise SystemExit(str(error)) from None

@@ -19,13 +19,13 @@ from dicomnode.imaging.units import Unit
 from training.config import Data, Images, TrainConfig
 from training.data import load_samples
 from training.errors import TrainingError
-from training.figures import denoiser
+from training.figures import Denoiser, denoiser
 from training.images import IMAGE_SUFFIXES, ITK_SUFFIXES, read_image, voxels_of
 from training.metrics import body_mask
 from training.pairs import Pair, find_images, patient_of
 from training.regions import body_above, body_of
 from training.split import read_split
-from training.translation import translator
+from training.translation import translator_of
 
 Voxels = NDArray[np.float32]
 RANGES: dict[Unit, tuple[float, float]] = {"HU": (-1024.0, 3071.0), "SUV": (0.0, 20.0)}
@@ -43,6 +43,7 @@ class Study:
         source: float32: what the result was made of, for the picture; None: not known.
         other: float32, in the unit: what the result is compared with; None: nothing.
         labels: whole numbers: regions of interest, 0 none; None: there are none.
+        same_unit: the source is in the unit that is judged.
     """
 
     patient: str
@@ -52,6 +53,7 @@ class Study:
     source: Voxels | None = None
     other: Voxels | None = None
     labels: NDArray[np.intp] | None = None
+    same_unit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,18 @@ class Folders:
 
 
 def low_dose_studies(
-    config: TrainConfig, data: Data, model: Model, part: str, dose: float
+    config: TrainConfig,
+    data: Data,
+    model: Model,
+    part: str,
+    dose: float,
+    other: Model | None = None,
 ) -> Iterator[Study]:
-    """Every held-out slice, denoised; compared with the slice at the lower dose as it is."""
+    """Every held-out slice, denoised; compared with what `other` makes of it, or with the slice at
+    the lower dose as it is."""
     samples, _ = load_samples(data, config.low_dose, config.seed, config.out / "cache")
-    scale = model.package.manifest.input.intensity
-    if isinstance(scale, Percentiles):
-        raise TrainingError("package: percentiles are of a whole volume; these are slices")
-    apply = denoiser(model.generator, scale)
+    apply = _denoiser_of(model)
+    compared = apply if other is None else _denoiser_of(other)
     wanted = read_split(Path(data.split))[part]
     for sample in (sample for sample in samples if sample.patient in wanted):
         low = sample.at_dose(dose, 0)
@@ -87,23 +93,38 @@ def low_dose_studies(
         if body.any():
             given = low[None]
             made = apply(low)[None]
-            yield Study(sample.patient, made, sample.hu[None], body[None], given, given)
+            beside = given if other is None else compared(low)[None]
+            truth = sample.hu[None]
+            yield Study(sample.patient, made, truth, body[None], given, beside, same_unit=True)
 
 
-def image_studies(config: TrainConfig, data: Images, model: Model, part: str) -> Iterator[Study]:
-    """Every held-out volume, translated; compared with its source where that has the same unit.
+def _denoiser_of(model: Model) -> Denoiser:
+    scale = model.package.manifest.input.intensity
+    if isinstance(scale, Percentiles):
+        raise TrainingError("package: percentiles are of a whole volume; these are slices")
+    return denoiser(model.generator, scale)
+
+
+def image_studies(
+    config: TrainConfig, data: Images, model: Model, part: str, other: Model | None = None
+) -> Iterator[Study]:
+    """Every held-out volume, translated; compared with what `other` makes of it, or else with its
+    source where that has the same unit.
 
     Raises:
-        TrainingError: the images are not paired, or the package gives another unit.
+        TrainingError: the images are not paired, or a package gives another unit or takes other
+            intensities or slices.
     """
-    unit = model.package.manifest.output.unit
-    if unit != data.target.unit:
-        raise TrainingError(f"package: its results are in {unit}, the truth in {data.target.unit}")
+    unit = data.target.unit
+    for name, one in (("package", model), ("other", other)):
+        if one is not None and (own := one.package.manifest.output.unit) != unit:
+            raise TrainingError(f"{name}: its results are in {own}, the truth in {unit}")
     if not data.paired:
         raise TrainingError("data.paired: without pairs there is no truth to compare with")
     found = find_images(data)
     wanted = read_split(Path(data.split))[part]
-    apply = translator(model.generator, config, data)
+    apply = translator_of(model, config, data)
+    compared = apply if other is None else translator_of(other, config, data)
     pairs = [
         Pair(source, target)
         for source, target in zip(found.sources, found.targets, strict=True)
@@ -111,13 +132,18 @@ def image_studies(config: TrainConfig, data: Images, model: Model, part: str) ->
     ]
     for planes in volumes_of(pairs):
         sources = np.stack([pair.source.physical for pair in planes])
+        same = data.source.unit == unit
+        beside = sources if same else None
+        if other is not None:
+            beside = np.stack([compared(pair.source) for pair in planes])
         yield Study(
             planes[0].source.patient,
             np.stack([apply(pair.source) for pair in planes]),
             np.stack([pair.target.physical for pair in planes]),
             np.stack([pair.target.body for pair in planes]),
             sources,
-            sources if data.source.unit == unit else None,
+            beside,
+            same_unit=same,
         )
 
 

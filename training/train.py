@@ -36,7 +36,9 @@ CPU = torch.device("cpu")
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="a file of training/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dots go down")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dots go down"
+    )
     parser.add_argument("--dry-run", action="store_true", help="one step; nothing is written")
     words = parser.parse_intermixed_args(argv)
     config = load_config(words.config, words.overrides)

@@ -1,12 +1,13 @@
 """How a translation does on held-out patients, in the unit of its target."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dicomnode.imaging.inference import Model
 from dicomnode.imaging.intensity import Intensity, Window
 from dicomnode.imaging.networks import Generator, pad_to_multiple
 from dicomnode.imaging.percentiles import Percentiles
@@ -83,6 +84,25 @@ def translator(generator: Generator, config: TrainConfig, data: Images) -> Trans
     return apply
 
 
+def translator_of(model: Model, config: TrainConfig, data: Images) -> Translator:
+    """A package as a function of one source slice, like `translator`.
+
+    Raises:
+        TrainingError: it is made for other intensities or slices than the config gives.
+    """
+    manifest = model.package.manifest
+    for name, own, wanted in (
+        ("input.intensity", manifest.input.intensity, data.source.intensity),
+        ("input.slices", manifest.input.slices, data.slices),
+        ("input.equalised", manifest.input.equalised, data.equalised),
+        ("output.intensity", manifest.output.intensity, data.target.intensity),
+    ):
+        if own != wanted:
+            raise TrainingError(f"{model.package.name}: its {name} is not that of the config")
+    residual = manifest.output.residual
+    return translator(model.generator, replace(config, residual=residual), data)
+
+
 def evaluate_planes(
     apply: Translator, found: Found, patients: Sequence[str], data: Images
 ) -> TranslationFigures:
@@ -93,7 +113,7 @@ def evaluate_planes(
         if data.paired and source.patient in patients
     ]
     if not data.paired:
-        wanted = _values([plane for plane in found.targets if plane.patient in patients])
+        wanted = pooled_values([plane for plane in found.targets if plane.patient in patients])
         planes = [
             _unpaired(plane, apply(plane), wanted)
             for plane in found.sources
@@ -128,7 +148,12 @@ def _unpaired(
     return PlaneFigures(source.patient, {"histogram_distance": float(distance)})
 
 
-def _values(planes: Sequence[Plane]) -> NDArray[np.float32]:
+def pooled_values(planes: Sequence[Plane]) -> NDArray[np.float32]:
+    """Values inside the bodies of all of them, evenly chosen by rank, in their unit; (values,).
+
+    Raises:
+        TrainingError: there is no plane.
+    """
     if not planes:
         raise TrainingError("data: no target slice among the patients to judge")
     parts = [

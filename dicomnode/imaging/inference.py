@@ -33,6 +33,7 @@ from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Manifest
 from dicomnode.imaging.networks import Generator, plan_generator, run_slices, run_tiled
 from dicomnode.imaging.package import ModelPackage, check_generator, read_golden, read_weights
+from dicomnode.imaging.percentiles import Whole
 from dicomnode.imaging.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,14 @@ class Model:
 
         Raises:
             EngineError: it did already.
+            PackageError: the reference fails its self-test.
         """
         if isinstance(self.engine, TorchEngine):
             raise error
         log.warning("%s: from now on torch fp32: %s", self.package.name, error)
         self.engine = TorchEngine(self.generator, self.device, "fp32")
         self.refused = (*self.refused, str(error))
+        self.self_test = _self_test(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ def predict(model: Model, source: Volume) -> Volume:
     """
     manifest = model.package.manifest
     regrid = checked_grid(model, source)
-    run = functools.partial(_run, model, manifest.intensities_of(source.voxels, source.padding))
+    run = functools.partial(_run, model, manifest.intensities_of(source))
     if regrid is None:
         voxels = run(source.voxels)
     else:
@@ -285,7 +288,7 @@ def _self_test(model: Model) -> str:
     golden = read_golden(model.package.path)
     manifest, device = model.package.manifest, model.device
     try:
-        scales = manifest.intensities_of(golden.source)
+        scales = manifest.intensities_of(Whole(golden.source))
     except SeriesRefused as error:
         raise PackageError(f"golden.npz: {error.message}") from error
     difference = np.abs(_run_on(model.engine, manifest, scales, golden.source) - golden.result)

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
 from dicomnode.imaging.equalise import Equalisation
 from dicomnode.imaging.intensity import Equalised, Intensity
-from dicomnode.imaging.percentiles import Percentiles, intensity_of
+from dicomnode.imaging.percentiles import Percentiles, Slices, intensity_of
 from dicomnode.imaging.volume import Unit
 
 if TYPE_CHECKING:
@@ -268,19 +266,13 @@ class Manifest:
                 "made; use a window, or the input's own percentiles"
             )
 
-    def intensities_of(
-        self, voxels: NDArray[np.float32], padding: NDArray[np.bool_] | None = None
-    ) -> tuple[Intensity, Intensity]:
-        """How the values of one volume, and those of its result, are mapped.
-
-        Args:
-            voxels: (slices, rows, columns), float32, in the input's unit: the whole volume.
-            padding: same shape, bool: True where there is no image; None: nowhere.
+    def intensities_of(self, volume: Slices) -> tuple[Intensity, Intensity]:
+        """How the values of one volume, in the input's unit, and those of its result are mapped.
 
         Raises:
             SeriesRefused: NO_CONTRAST: percentiles of a volume without an image.
         """
-        given = intensity_of(self.input.intensity, voxels, padding)
+        given = intensity_of(self.input.intensity, volume)
         made = self.output.intensity
         return given, given if isinstance(made, Percentiles) else made
 

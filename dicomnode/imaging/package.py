@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from dicomnode.errors import PackageError
 from dicomnode.imaging.manifest import Manifest, manifest_from_yaml, manifest_to_yaml
+from dicomnode.imaging.percentiles import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,7 +232,7 @@ def write_package(
     result = run_generator(
         generator,
         golden_input,
-        *manifest.intensities_of(golden_input),
+        *manifest.intensities_of(Whole(golden_input)),
         residual=manifest.output.residual,
         padding=manifest.input.padding.mode,
         extra=manifest.input.extra,

@@ -111,13 +111,11 @@ class Predicting:
     def _in_two_passes(self) -> Iterator[tuple[int, Plane]]:
         """The first for what only the whole volume tells, the second slice by slice."""
         source = self._stages.wait_all()
-        voxels = source.voxels
-        scales = self._manifest.intensities_of(voxels, source.padding)
-        lowest = float(voxels.min())
-        del voxels
+        scales = self._manifest.intensities_of(source)
         if self._regrid is None:
             return self._stream(scales, self._plane)
         log.info("%s: %s", self._model.package.name, self._regrid)
+        lowest = min(float(source.plane(index).min()) for index in range(source.shape[0]))
         return self._resampled(self._regrid, scales, lowest)
 
     def _resampled(

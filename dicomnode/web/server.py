@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +30,8 @@ class Pages:
     reasons_not_ready: Callable[[], list[str]]
     refresh_metrics: Callable[[], None]
     token: str | None
+    models: Callable[[], Mapping[str, Any]] = dict
+    """What runs each model, see `serving.told`."""
 
 
 class WebServer:
@@ -90,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.pages.refresh_metrics()
             self._send(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest())
         elif path == "/api/v1/status":
-            self._answer(HTTPStatus.OK, self.pages.history.counts())
+            told = {**self.pages.history.counts(), "models": self.pages.models()}
+            self._answer(HTTPStatus.OK, told)
         elif path == "/api/v1/series":
             self._answer(HTTPStatus.OK, self.pages.history.series())
         elif path.startswith("/api/v1/series/"):

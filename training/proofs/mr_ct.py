@@ -1,6 +1,10 @@
-"""CT from MR and MR from CT against what needs no network: one value, and a value per intensity."""
+"""CT from MR and MR from CT against what needs no network: one value, and a value per intensity.
 
-from collections.abc import Callable, Mapping
+Of CT the mean absolute error in the body in HU, its parts by tissue of the true CT, and the overlap
+of bone; of MR the error in units of the fat-normalised MR, and the correlation with the true MR.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,74 +14,69 @@ from training.pairs import Pair
 from training.proofs.case import Case, spread, table
 
 BONE_HU = 200.0
+MODEL, BY_INTENSITY = "the model", "a value per intensity"
+TOLD = "a value per intensity, told where the body is"
+"""The model is not told; dark in the body is bone, dark around it air."""
 _BODY: Mapping[Unit, float] = {"HU": -500.0, "AU": 50.0}
 """A pixel of the true image above this is the patient."""
 _BINS = np.linspace(-1.2, 1.6, 80)
 Values = NDArray[np.float32]
+Figure = Callable[[Values, Values], float]
+"""Of what was made and what is true, both (pixels of one patient,)."""
 
 
-def ct_from_mr(case: Case) -> list[str]:
-    """MAE in the body in HU, its parts by tissue of the true CT, and overlap of bone."""
-    results = _results(case)
+def lines(case: Case) -> list[str]:
+    """What every method comes to on the patients judged: mean over patients, and range."""
     rows = [
         [
             name,
-            spread([_mae(*item) for item in pairs]),
             *(
-                spread([_mae(*_where(*item, low, high)) for item in pairs])
-                for low, high in _TISSUES
+                spread([figure(*item) for item in pairs])
+                for figure in _FIGURES[_unit(case)].values()
             ),
-            spread([_overlap(*item) for item in pairs]),
-        ]
-        for name, pairs in results.items()
-    ]
-    head = [
-        "mean over patients (range)",
-        "MAE, HU",
-        "fat and air",
-        "soft tissue",
-        "bone",
-        "IoU bone",
-    ]
-    return table(head, rows)
-
-
-_TISSUES = ((-np.inf, -30.0), (-30.0, BONE_HU), (BONE_HU, np.inf))
-
-
-def mr_from_ct(case: Case) -> list[str]:
-    """MAE in the body in units of the fat-normalised MR, and correlation with the true MR."""
-    rows = [
-        [
-            name,
-            spread([_mae(*item) for item in pairs]),
-            spread([_correlation(*item) for item in pairs]),
         ]
         for name, pairs in _results(case).items()
     ]
-    return table(["mean over patients (range)", "MAE", "correlation"], rows)
+    return table(["mean over patients (range)", *_FIGURES[_unit(case)]], rows)
+
+
+def beside_intensity(case: Case) -> dict[str, list[tuple[float, ...]]]:
+    """Name of a figure -> for each patient judged what MODEL, BY_INTENSITY and TOLD come to."""
+    results = _results(case)
+    each = list(zip(results[MODEL], results[BY_INTENSITY], results[TOLD], strict=True))
+    return {
+        name: [tuple(figure(*item) for item in patient) for patient in each]
+        for name, figure in _FIGURES[_unit(case)].items()
+    }
 
 
 def _results(case: Case) -> Mapping[str, list[tuple[Values, Values]]]:
     """Name of a method -> for each patient its values and the true ones, in the body."""
-    training, unit = case.pairs("train"), case.data.target.unit
-    shown = np.concatenate([_given(pair, unit) for pair in training])
-    wanted = np.concatenate([_true(pair, unit) for pair in training])
-    middle = np.float32(np.median(wanted))
-    bins = np.digitize(shown, _BINS)
-    by_intensity = np.array(
-        [
-            np.median(wanted[bins == place]) if (bins == place).any() else middle
-            for place in range(len(_BINS) + 1)
-        ],
-        np.float32,
-    )
+    training, unit = case.pairs("train"), _unit(case)
+    middle = np.float32(np.median(np.concatenate([_true(pair, unit) for pair in training])))
+    told = _by_intensity(training, lambda pair: _body(pair, unit), middle)
+    untold = _by_intensity(training, lambda pair: pair.target.body, middle)
+
+    def looked_up(values: Values, pair: Pair) -> Values:
+        return values[np.digitize(_given(pair, _body(pair, unit)), _BINS)]
+
     methods: Mapping[str, Callable[[Pair], Values]] = {
         "one value, the median": lambda pair: np.full_like(_true(pair, unit), middle),
-        "a value per intensity": lambda pair: by_intensity[np.digitize(_given(pair, unit), _BINS)],
-        "the model": lambda pair: case.apply(pair.source)[_body(pair, unit)],
+        BY_INTENSITY: lambda pair: looked_up(untold, pair),
+        TOLD: lambda pair: looked_up(told, pair),
+        MODEL: lambda pair: case.apply(pair.source)[_body(pair, unit)],
     }
     return {name: _by_patient(case, method) for name, method in methods.items()}
+
+
+def _by_intensity(
+    pairs: Sequence[Pair], where: Callable[[Pair], NDArray[np.bool_]], middle: np.float32
+) -> Values:
+    """The median of the true values for each bin of the source's; `middle` where there are none."""
+    shown = np.digitize(np.concatenate([_given(pair, where(pair)) for pair in pairs]), _BINS)
+    wanted = np.concatenate([pair.target.physical[where(pair)] for pair in pairs])
+    bins = [wanted[shown == place] for place in range(len(_BINS) + 1)]
+    return np.array([np.median(one) if one.size else middle for one in bins], np.float32)
 
 
 def _by_patient(case: Case, method: Callable[[Pair], Values]) -> list[tuple[Values, Values]]:
@@ -86,17 +85,21 @@ def _by_patient(case: Case, method: Callable[[Pair], Values]) -> list[tuple[Valu
     for patient in case.patients():
         own = [pair for pair in pairs if pair.source.patient == patient]
         made = np.concatenate([method(pair) for pair in own])
-        result.append((made, np.concatenate([_true(pair, case.data.target.unit) for pair in own])))
+        result.append((made, np.concatenate([_true(pair, _unit(case)) for pair in own])))
     return result
+
+
+def _unit(case: Case) -> Unit:
+    return case.data.target.unit
 
 
 def _body(pair: Pair, unit: Unit) -> NDArray[np.bool_]:
     return np.asarray(pair.target.body & (pair.target.physical > _BODY[unit]), np.bool_)
 
 
-def _given(pair: Pair, unit: Unit) -> Values:
+def _given(pair: Pair, where: NDArray[np.bool_]) -> Values:
     middle = len(pair.source.network) // 2
-    given: Values = pair.source.network[middle][_body(pair, unit)]
+    given: Values = pair.source.network[middle][where]
     return given
 
 
@@ -104,9 +107,14 @@ def _true(pair: Pair, unit: Unit) -> Values:
     return pair.target.physical[_body(pair, unit)]
 
 
-def _where(made: Values, true: Values, low: float, high: float) -> tuple[Values, Values]:
-    inside = (true >= low) & (true < high)
-    return made[inside], true[inside]
+def _mae_where(low: float, high: float) -> Figure:
+    """The error where the true values are from `low` to below `high`."""
+
+    def figure(made: Values, true: Values) -> float:
+        inside = (true >= low) & (true < high)
+        return _mae(made[inside], true[inside])
+
+    return figure
 
 
 def _mae(made: Values, true: Values) -> float:
@@ -120,6 +128,18 @@ def _overlap(made: Values, true: Values) -> float:
 
 
 def _correlation(made: Values, true: Values) -> float:
-    if made.std() == 0:
+    if made.min() == made.max():
         return 0.0
     return float(np.corrcoef(made, true)[0, 1])
+
+
+_FIGURES: Mapping[Unit, Mapping[str, Figure]] = {
+    "HU": {
+        "MAE, HU": _mae,
+        "fat and air": _mae_where(-np.inf, -30.0),
+        "soft tissue": _mae_where(-30.0, BONE_HU),
+        "bone": _mae_where(BONE_HU, np.inf),
+        "IoU bone": _overlap,
+    },
+    "AU": {"MAE": _mae, "correlation": _correlation},
+}

@@ -6,7 +6,7 @@ numbers of a step come from the seed and the step alone, so that no random state
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import device, nn
@@ -14,7 +14,7 @@ from torch import device, nn
 from dicomnode.imaging.networks import Generator
 from training.recipes.batch import Batch
 
-__all__ = ["Batch", "Parts", "Recipe", "average_of", "step_rng", "update_average"]
+__all__ = ["Average", "Batch", "Parts", "Recipe", "step_rng"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -52,7 +52,7 @@ class Parts:
 
     def to(self, place: device) -> None:
         for part in self.parts.values():
-            if isinstance(part, nn.Module):
+            if isinstance(part, nn.Module | Average):
                 part.to(place)
 
 
@@ -63,21 +63,43 @@ def step_rng(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(start)
 
 
-def average_of(network: _Network) -> _Network:
-    """A copy to hold the running mean of its weights, in eval mode."""
-    return deepcopy(network).eval().requires_grad_(False)
+class Average(Generic[_Network]):
+    """What a package gets of a network: the running mean of its weights, or these themselves."""
 
+    def __init__(self, network: _Network, decay: float) -> None:
+        """`decay`: of the mean; 0: there is none, and nothing is kept beside the network."""
+        self.network, self.decay = network, decay
+        self.mean = _still(network) if decay > 0 else None
 
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """w' <- d w' + (1 - d) w, with a shorter memory at the start; buffers are copied."""
-    decay = min(decay, (1 + step) / (10 + step))
-    weights = zip(average.parameters(), network.parameters(), strict=True)
-    for mean, current in weights:
-        if decay > 0:
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """w' <- d w' + (1 - d) w, with a shorter memory at the start; buffers are copied."""
+        if self.mean is None:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = zip(self.mean.parameters(), self.network.parameters(), strict=True)
+        for mean, current in weights:
             mean.lerp_(current, 1.0 - decay)
-        else:
-            mean.copy_(current)
-    buffers = zip(average.buffers(), network.buffers(), strict=True)
-    for held, newest in buffers:
-        held.copy_(newest)
+        buffers = zip(self.mean.buffers(), self.network.buffers(), strict=True)
+        for held, newest in buffers:
+            held.copy_(newest)
+
+    def result(self) -> _Network:
+        """In eval mode; the network that is trained is not it, and goes on as it is."""
+        return _still(self.network) if self.mean is None else self.mean
+
+    def to(self, place: device) -> None:
+        if self.mean is not None:
+            self.mean.to(place)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.mean is None else dict(self.mean.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.mean is not None:
+            self.mean.load_state_dict(state)
+
+
+def _still(network: _Network) -> _Network:
+    """A copy in eval mode that nothing trains."""
+    return deepcopy(network).eval().requires_grad_(False)

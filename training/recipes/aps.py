@@ -23,7 +23,7 @@ from training.adversarial import (
     initialise,
     require_grad,
 )
-from training.recipes import Batch, Parts, average_of, step_rng, update_average
+from training.recipes import Average, Batch, Parts, step_rng
 from training.recipes.adversarial import (
     Adversarial,
     Run,
@@ -61,7 +61,8 @@ class Aps(Parts):
             raise ConfigError("adversarial.gan: wgangp is not for aps; take lsgan or vanilla")
         self.settings, self.run = settings, run
         initialise(generator, step_rng(run.seed, 0), settings.initial_spread)
-        self.generator, self.average = generator.train(), average_of(generator)
+        self.generator = generator.train()
+        self.average = Average(self.generator, settings.ema_decay)
         self.discriminator = build_discriminator(settings, 1, run.seed + 1)
         file = settings.structure_features
         weights = None if file == "random" else Path(file)
@@ -123,11 +124,11 @@ class Aps(Parts):
         losses |= finite(terms, step)
         loss_g = torch.stack(list(terms.values())).sum()
         self.descent(loss_g, self.optimizer_g, [self.generator], step)
-        update_average(self.average, self.generator, s.ema_decay, step)
+        self.average.update(step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
-        return {"forward": self.average}
+        return {"forward": self.average.result()}
 
     def _judge(self, images: Tensor) -> Tensor:
         return judge(self.discriminator, images, self.run.precision)

@@ -1,8 +1,12 @@
 """From a configuration to its recipe: networks with their first weights, losses, optimisers."""
 
+from pathlib import Path
+
 from dicomnode.errors import ConfigError
+from dicomnode.imaging.inference import load_model
 from dicomnode.imaging.intensity import Intensity
 from dicomnode.imaging.networks import Generator, build_classifier, build_generator
+from dicomnode.imaging.package import ModelPackage, read_package
 from training.config import Classes, Data, Images, TrainConfig, window_of
 from training.recipes import Recipe
 from training.recipes.adversarial import Run
@@ -56,9 +60,28 @@ def build_recipe(config: TrainConfig, epoch_steps: int = 1) -> Recipe:
 
 def _generator(config: TrainConfig) -> Generator:
     generator = build_generator(config.generator.architecture, config.generator.options)
+    if config.start:
+        begin_with(generator, read_package(Path(config.start)))
     if isinstance(config.data, Images) and generator.slices != config.data.channels:
         raise ConfigError(
             f"generator.options: it takes {generator.slices} channels, data.slices and "
             f"data.equalised give {config.data.channels}"
         )
     return generator
+
+
+def begin_with(generator: Generator, package: ModelPackage) -> None:
+    """Give `generator` the weights of a package; what the package lacks begins as it would.
+
+    Raises:
+        ConfigError: a weight of the package has no place in `generator`.
+    """
+    weights = load_model(package, precision="fp32").generator.state_dict()
+    own = generator.state_dict()
+    if odd := [
+        name for name in weights if name not in own or own[name].shape != weights[name].shape
+    ]:
+        raise ConfigError(
+            f"start: {package.name} has {len(odd)} weights that this generator has not"
+        )
+    generator.load_state_dict({**own, **weights})

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dicomnode.imaging.networks import Classifier
 from training.adversarial import finite
-from training.recipes import Batch, Parts, average_of, step_rng, update_average
+from training.recipes import Average, Batch, Parts, step_rng
 from training.recipes.descent import Descent
 from training.recipes.optimisation import Optimisation
 
@@ -22,10 +22,10 @@ class Classify(Parts):
 
     def __init__(self, network: Classifier, settings: Optimisation, seed: int) -> None:
         self.network = network.train()
-        self.average = average_of(network)
+        self.average = Average(self.network, settings.ema_decay)
         self.settings, self.seed = settings, seed
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, weight_decay=1e-2
+            network.parameters(), lr=settings.learning_rate, weight_decay=1e-2, fused=True
         )
         self.descent = Descent("fp32", settings.gradient_clip)
         super().__init__(network=self.network, average=self.average, optimizer=self.optimizer)
@@ -39,11 +39,11 @@ class Classify(Parts):
         loss = (each * batch.weight).mean()
         losses = finite({"cross_entropy": loss}, step)
         self.descent(loss, self.optimizer, [self.network], step)
-        update_average(self.average, self.network, self.settings.ema_decay, step)
+        self.average.update(step)
         return losses
 
     def results(self) -> Mapping[str, Any]:
-        return {"forward": self.average}
+        return {"forward": self.average.result()}
 
     def _learning_rate(self, step: int) -> float:
         high, low = self.settings.learning_rate, self.settings.final_learning_rate

@@ -20,7 +20,7 @@ from training.adversarial import (
     require_grad,
     shares,
 )
-from training.recipes import Batch, Parts, average_of, step_rng, update_average
+from training.recipes import Average, Batch, Parts, step_rng
 from training.recipes.adversarial import (
     Adversarial,
     Run,
@@ -48,7 +48,8 @@ class CycleGan(Parts):
         initialise(forward, step_rng(run.seed, 0), settings.initial_spread)
         initialise(backward_, step_rng(run.seed, 1), settings.initial_spread)
         self.g_ab, self.g_ba = forward.train(), backward_.train()
-        self.average_ab, self.average_ba = average_of(forward), average_of(backward_)
+        self.average_ab = Average(self.g_ab, settings.ema_decay)
+        self.average_ba = Average(self.g_ba, settings.ema_decay)
         self.d_a = build_discriminator(settings, 1, run.seed + 1)
         self.d_b = build_discriminator(settings, 1, run.seed + 2)
         self.training = Training(settings, run.epoch_steps)
@@ -87,12 +88,12 @@ class CycleGan(Parts):
         loss_b = self._critic(self.d_b, b, self.pool_b.exchange(fake_b, draw), draw)
         losses |= finite({"discriminator_a": loss_a, "discriminator_b": loss_b}, step)
         self.descent(loss_a + loss_b, self.optimizer_d, [self.d_a, self.d_b], step)
-        for average, network in ((self.average_ab, self.g_ab), (self.average_ba, self.g_ba)):
-            update_average(average, network, self.settings.ema_decay, step)
+        for average in (self.average_ab, self.average_ba):
+            average.update(step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
-        return {"forward": self.average_ab, "backward": self.average_ba}
+        return {"forward": self.average_ab.result(), "backward": self.average_ba.result()}
 
     def _translate(self, generator: Generator, image: Tensor) -> Tensor:
         return translate(generator, image, residual=self.run.residual, precision=self.run.precision)

@@ -19,6 +19,9 @@ class Optimisation:
     """Below this error, in HU, the loss is quadratic, above it is linear."""
     bias_weight: float = 0.5
     """Weight of the mean error of 16 x 16 pixel squares."""
+    texture_weight: float = 0.0
+    """Weight of the difference in texture from the target, HU of noise in squares of 32 pixels
+    (training/losses.py); 0: none. Of the recipe `supervised`."""
     ema_decay: float = 0.999
     """The package holds this running mean of the weights."""
     gradient_clip: float = 1.0

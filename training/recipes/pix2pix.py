@@ -19,7 +19,7 @@ from training.adversarial import (
     require_grad,
     shares,
 )
-from training.recipes import Batch, Parts, average_of, step_rng, update_average
+from training.recipes import Average, Batch, Parts, step_rng
 from training.recipes.adversarial import (
     Adversarial,
     Run,
@@ -45,7 +45,7 @@ class Pix2Pix(Parts):
         self.settings, self.run = settings, run
         initialise(generator, step_rng(run.seed, 0), settings.initial_spread)
         self.generator = generator.train()
-        self.average = average_of(generator)
+        self.average = Average(self.generator, settings.ema_decay)
         judged = channels + 1 if settings.discriminator.conditional else 1
         self.discriminator = build_discriminator(settings, judged, run.seed + 1)
         self.training = Training(settings, run.epoch_steps)
@@ -88,11 +88,11 @@ class Pix2Pix(Parts):
         loss_g = s.adversarial_weight * adversarial + s.pixel_weight * pixel
         losses |= finite({"adversarial": adversarial, "pixel": pixel, "generator": loss_g}, step)
         self.descent(loss_g, self.optimizer_g, [self.generator], step)
-        update_average(self.average, self.generator, s.ema_decay, step)
+        self.average.update(step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
-        return {"forward": self.average}
+        return {"forward": self.average.result()}
 
     def _judge(self, images: torch.Tensor) -> torch.Tensor:
         return judge(self.discriminator, images, self.run.precision)

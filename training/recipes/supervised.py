@@ -13,8 +13,8 @@ import torch
 
 from dicomnode.imaging.networks import Generator
 from training.adversarial import finite
-from training.losses import charbonnier, local_bias
-from training.recipes import Batch, Parts, average_of, update_average
+from training.losses import charbonnier, local_bias, texture
+from training.recipes import Average, Batch, Parts
 from training.recipes.adversarial import translate
 from training.recipes.descent import Descent
 from training.recipes.optimisation import Optimisation
@@ -35,10 +35,12 @@ class Supervised(Parts):
     ) -> None:
         """`hu_per_unit`: what one unit of the network stands for, HU (or the target's unit)."""
         self.generator = generator.train()
-        self.average = average_of(generator)
+        self.average = Average(self.generator, settings.ema_decay)
         self.settings = settings
         self.hu_per_unit, self.residual = hu_per_unit, residual
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=settings.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            generator.parameters(), lr=settings.learning_rate, fused=True
+        )
         self.descent = Descent(settings.precision, settings.gradient_clip)
         super().__init__(
             generator=self.generator,
@@ -59,13 +61,18 @@ class Supervised(Parts):
         fidelity = charbonnier(error_hu, self.settings.charbonnier_hu, batch.weight)
         bias = local_bias(error_hu)
         loss = fidelity + self.settings.bias_weight * bias
-        losses = finite({"fidelity_hu": fidelity, "bias_hu": bias}, step)
+        parts = {"fidelity_hu": fidelity, "bias_hu": bias}
+        if self.settings.texture_weight > 0:
+            target_hu = batch.target * self.hu_per_unit
+            parts["texture_hu"] = texture(error_hu + target_hu, target_hu)
+            loss = loss + self.settings.texture_weight * parts["texture_hu"]
+        losses = finite(parts, step)
         self.descent(loss, self.optimizer, [self.generator], step)
-        update_average(self.average, self.generator, self.settings.ema_decay, step)
+        self.average.update(step)
         return losses
 
     def results(self) -> Mapping[str, Generator]:
-        return {"forward": self.average}
+        return {"forward": self.average.result()}
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to the final rate."""

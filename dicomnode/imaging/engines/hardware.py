@@ -35,8 +35,9 @@ def engines_for(precision: str) -> tuple[str, ...]:
     """Engines that have this number format, the one to try first before the other.
 
     A rule and no measurement at the start: a measured choice would fall out differently from one
-    start to the next, and with it the last bits of a result whose UIDs are the same. What the rule
-    was made from is in docs/PERFORMANCE.md.
+    start to the next, and with it the last bits of a result whose UIDs are the same. On a quiet
+    machine OpenVINO was the faster one for every network in bf16 and for all but one (by 10 %) in
+    fp32, and beside other work PyTorch loses far more (docs/PERFORMANCE.md).
     """
     return ("openvino",) if precision == "int8" else ("openvino", "torch")
 

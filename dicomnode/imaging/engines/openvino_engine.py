@@ -29,7 +29,7 @@ HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 """Number format of what is not in 8-bit integers; beside these bf16 where that gains."""
 KEPT_SIZES = 4
 """Compiled forms kept in memory: series of this many matrices take turns without compiling."""
-FORM = "2"
+FORM = "3"
 """Raise it when the way a generator is converted changes: forms on disk are then made again."""
 
 
@@ -68,6 +68,8 @@ class OpenVinoEngine:
         self.precision: Precision = precision
         self.compiled, self.restored = 0, 0
         """How many forms were compiled from the generator, and how many came from the store."""
+        self.kernels: frozenset[str] = frozenset()
+        """What the convolutions of the last form are computed in: i8, bf16, f32."""
         self._version = str(openvino.get_version()).partition("-")[0]
         self._core: Core = openvino.Core()
         self._digest, self._store = digest, store
@@ -125,15 +127,21 @@ class OpenVinoEngine:
         except RuntimeError:  # another build of the same version: compile anew
             return None
         self.restored += 1
+        self.kernels = convolutions_run_in(compiled)
         return compiled
 
     def _compiled(self, shape: tuple[int, ...]) -> "CompiledModel":
         if self._converted is None:
             self._converted = _convert(self._generator, shape)
+            if self.precision == "int8":
+                _fix_limits(self._core, self._converted[-1])
         model = self._converted[-1].clone()
         model.reshape(list(shape))
         compiled = self._core.compile_model(model, "CPU", self._options)
         self.compiled += 1
+        self.kernels = convolutions_run_in(compiled)
+        if self.precision == "int8" and "i8" not in self.kernels:
+            raise EngineError(f"{self.name} computes int8 in {', '.join(sorted(self.kernels))}")
         if self._store and self._digest:
             self._store.write(self._key(shape), compiled.export_model().getvalue())
         return compiled
@@ -141,6 +149,37 @@ class OpenVinoEngine:
 
 def _singly(x: Voxels) -> list[Voxels]:
     return [np.ascontiguousarray(one) for one in np.split(x, len(x))]
+
+
+def _fix_limits(core: "Core", model: Any) -> None:
+    """The limits of roundings as constants, in place.
+
+    The conversion leaves them as arithmetic on constants, and then OpenVINO computes the rounding
+    and the convolution in floating point, without a word.
+    """
+    from openvino import Model
+    from openvino.opset8 import constant
+
+    roundings = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    limits = [(node, place) for node in roundings for place in (1, 2, 3, 4)]
+    values = Model([node.input_value(place) for node, place in limits], [], "limits")
+    request = core.compile_model(values, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = request.create_infer_request()
+    found.infer({})
+    for index, (node, place) in enumerate(limits):
+        value = constant(found.get_output_tensor(index).data.copy())
+        node.input(place).replace_source_output(value.output(0))
+
+
+def convolutions_run_in(compiled: "CompiledModel") -> frozenset[str]:
+    """Number formats of the kernels that OpenVINO chose for convolutions: i8, bf16, f32."""
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    kernels = [
+        str(node["primitiveType"].astype(str)).lower()
+        for node in nodes
+        if node["layerType"].astype(str) == "Convolution"
+    ]
+    return frozenset(kernel.rpartition("_")[2] for kernel in kernels)
 
 
 def _convert(generator: Generator, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,9 @@ from torch.nn import functional as F
 
 from dicomnode.imaging.networks.base import Generator, check, in_float32
 
+COARSER = 4
+"""How many pixels of the blocks one of the side path is, in each direction."""
+
 
 class ResidualDenoiser(Generator):
     """Noise estimator without normalisation layers: what to add to a noisy slice.
@@ -27,15 +30,27 @@ class ResidualDenoiser(Generator):
         shuffle: int = 2,
         centre: float = -0.5,
         gain: float = 20.0,
+        coarse: int = 0,
     ) -> None:
-        """`centre` and `gain` bring soft tissue near zero and its noise near one, inside only."""
+        """`centre` and `gain` bring soft tissue near zero and its noise near one, inside only.
+
+        `coarse`: blocks of a side path between the halves of the others, at a quarter of their
+        resolution: noise that is coarser than a tile of pixels is told from tissue farther around.
+        It starts at zero as well. Without it the network is as it was before there was one.
+        """
         super().__init__()
         check(1 <= width <= 1024 and 0 <= blocks <= 64 and 1 <= shuffle <= 16, "out of range")
+        check(0 <= coarse <= 64, "coarse: from 0 to 64")
         self.centre = centre
         self.gain = gain
-        self.multiple = shuffle
+        self.shuffle = self.multiple = shuffle
         self.tiles_exactly = True
         self.receptive_field = 2 * (shuffle * (3 + 2 * blocks) - 1) + 1
+        self.coarse: nn.Sequential | None = None
+        if coarse:
+            self.multiple = shuffle * COARSER
+            self.receptive_field += 2 * self.multiple * (2 * coarse + 1)
+            self.coarse = nn.Sequential(*(_Block(width) for _ in range(coarse)), _silent(width))
         self.first = nn.Conv2d(shuffle**2, width, 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
         self.last = nn.Conv2d(width, shuffle**2, 3, padding=1)
@@ -44,9 +59,27 @@ class ResidualDenoiser(Generator):
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = (x.float() - self.centre) * self.gain
-        features = in_float32(self.first, F.pixel_unshuffle(scaled, self.multiple))
-        change = in_float32(self.last, self.blocks(features))
-        return F.pixel_shuffle(change, self.multiple) / self.gain
+        features = in_float32(self.first, F.pixel_unshuffle(scaled, self.shuffle))
+        change = in_float32(self.last, self._between(features))
+        return F.pixel_shuffle(change, self.shuffle) / self.gain
+
+    def _between(self, features: Tensor) -> Tensor:
+        """All blocks, (batch, width, rows, columns) -> the same shape."""
+        if self.coarse is None:
+            return torch.as_tensor(self.blocks(features))
+        half = len(self.blocks) // 2
+        features = torch.as_tensor(self.blocks[:half](features))
+        wide = self.coarse(F.avg_pool2d(features, COARSER))
+        features = features + F.interpolate(wide, scale_factor=float(COARSER), mode="nearest")
+        return torch.as_tensor(self.blocks[half:](features))
+
+
+def _silent(width: int) -> nn.Conv2d:
+    """A convolution that gives zero until it is trained."""
+    layer = nn.Conv2d(width, width, 1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(torch.as_tensor(layer.bias))
+    return layer
 
 
 class _Block(nn.Module):
