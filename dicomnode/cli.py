@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add(commands.explain, as_json=True).add_argument("paths", type=Path, nargs="+")
     command = add(commands.run, as_json=True)
     command.add_argument("--model", required=True)
+    command.add_argument("--classifier", help="package whose report goes beside the images")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("paths", type=Path, nargs="+")
     add(commands.echo).add_argument("peer")

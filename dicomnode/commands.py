@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
     """translate a folder of DICOM offline, without a network"""
     from dicomnode import offline
 
-    outcomes = offline.run(args.paths, args.model, args.out, load_config(args.config))
+    config = load_config(args.config)
+    outcomes = offline.run(args.paths, args.model, args.out, config, args.classifier)
     if args.json:
         print(json.dumps({uid: asdict(outcome) for uid, outcome in outcomes.items()}, indent=1))
     for uid, outcome in outcomes.items() if not args.json else ():

@@ -7,8 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dicomnode import qa
-from dicomnode.config import NodeConfig, Route
+from dicomnode.classification import load_classifiers
+from dicomnode.config import Companions, NodeConfig, Route
 from dicomnode.errors import CannotUnderstand, PackageError, SeriesRefused
+from dicomnode.imaging.classifier import read_classifier
 from dicomnode.imaging.layout import check_headers
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.package import read_package
@@ -145,20 +147,31 @@ def _why_not(stack: StackOfImages, route: Route, config: NodeConfig) -> str:
     return ""
 
 
-def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dict[str, Outcome]:
+def run(
+    paths: Iterable[Path], model: str, out: Path, config: NodeConfig, classifier: str | None = None
+) -> dict[str, Outcome]:
     """Translate every series found with one model; results go to ``out/<derived series UID>/``.
+
+    Args:
+        model, classifier: folders of packages in `models_dir`; the classifier's report goes beside
+            the images.
 
     Returns:
         What became of each series, by its SeriesInstanceUID.
 
     Raises:
-        PackageError: the model cannot be used.
+        PackageError: the model or the classifier cannot be used.
     """
     package = read_package(config.models_dir / model)
-    models, failures, _ = load_models({model: package}, config.device, 0, config.precision)
+    models, failures, device = load_models({model: package}, config.device, 0, config.precision)
     if failures:
         raise PackageError(failures[model])
-    route = Route(name="offline", match={}, model=model, send_to=(), qa="flag")
+    named = {classifier: read_classifier(config.models_dir / classifier)} if classifier else {}
+    classifiers = load_classifiers(named, device)
+    for failure in classifiers.failures.values():
+        raise PackageError(failure)
+    beside = Companions(classifier=classifier)
+    route = Route("offline", match={}, model=model, send_to=(), qa="flag", companions=beside)
     series, _ = find_series(paths)
     out.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
@@ -170,7 +183,7 @@ def run(paths: Iterable[Path], model: str, out: Path, config: NodeConfig) -> dic
             outcomes[uid] = Outcome(refusal=refusal.code, detail=refusal.message)
         else:
             order = Order.of(route, tuple(files), out, now)
-            outcomes[uid] = translate(order, models, failures)
+            outcomes[uid] = translate(order, models, failures, classifiers)
     return outcomes
 
 

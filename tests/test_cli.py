@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -403,6 +404,29 @@ def test_what_run_made_it_does_not_take_again(site: Path, run: Run) -> None:
     assert "ALREADY_SYNTHETIC" in out
 
 
+def test_run_puts_the_report_of_a_classifier_beside_the_images(site: Path, run: Run) -> None:
+    models = yaml.safe_load((site / "config.yaml").read_text())["models_dir"]
+    shutil.copytree(models, site / "own")
+    brightness(site / "own")
+    _set(site, models_dir="own", device="auto")
+    write_series(ct_series(3, 32, 32), site / "in")
+    words = ("run", "--model", "identity", "--out", site / "out", "--classifier")
+    code, out, _ = run(*words, "brightness", site / "in")
+    assert code == 0
+    assert ", 3 companions beside it; " in out
+    found = [dcmread(path) for path in (site / "out").rglob("*.dcm")]
+    told = [ds for ds in found if "Adenocarcinoma of lung" in str(ds)]
+    assert [ds.Modality for ds in told] == ["SR"]
+    code, _, err = run(*words, "absent", site / "in")
+    assert code == 1
+    assert err.startswith("dicomnode run: absent: ")
+
+
+def _set(site: Path, **keys: str) -> None:
+    settings = yaml.safe_load((site / "config.yaml").read_text())
+    (site / "config.yaml").write_text(yaml.safe_dump(settings | keys))
+
+
 def test_an_unknown_model_is_named(site: Path, run: Run) -> None:
     code, _, err = run("run", "--model", "absent", "--out", site / "out", site)
     assert code == 1
@@ -413,10 +437,8 @@ def test_an_unknown_model_is_named(site: Path, run: Run) -> None:
 
 
 def test_a_classifier_is_listed_and_verified_and_translates_nothing(run: Run, site: Path) -> None:
-    settings = yaml.safe_load((site / "config.yaml").read_text())
     brightness(site / "models")
-    settings["models_dir"] = "models"
-    (site / "config.yaml").write_text(yaml.safe_dump(settings))
+    _set(site, models_dir="models")
     code, out, _ = run("models", "verify")
     assert (code, out) == (0, "brightness 1.0.0: passed on cpu: torch, fp32 on cpu\n")
     (listed,) = json.loads(run("models", "list", "--json")[1])

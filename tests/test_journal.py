@@ -1,6 +1,7 @@
 """The journal: any order of events loses nothing, leaves nothing stuck, and follows its tables."""
 
 import json
+import sqlite3
 import tempfile
 import threading
 from pathlib import Path
@@ -804,3 +805,16 @@ def test_history_can_be_written_as_json(books: Books) -> None:
     _derived(books, _closed(books, 1), "2.1.1")
     for view in (books.history.series(), books.history.one_series("1.1"), books.history.counts()):
         assert json.loads(json.dumps(view, allow_nan=False)) == view
+
+
+def test_who_only_reads_waits_for_nobody_who_writes(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    database = Database(path)
+    Journal(database).record_instance(_arrival("1.2", 1), 10.0)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    assert [one.series_uid for one in Journal(database).open_series()] == ["1.2"]
+    assert Journal(database).known("1.2.1") is not None
+    writer.rollback()
+    writer.close()
+    database.close()
