@@ -162,7 +162,7 @@ class Study:
                     nature,
                     artefacts,
                     similarity,
-                    round(seconds, 1),
+                    round(seconds, 3),
                 )
             )
 
