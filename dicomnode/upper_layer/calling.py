@@ -241,16 +241,12 @@ class Call:
             now, spare, held = spare, now, ahead
 
     def _send(self, parts: Sequence[bytes | memoryview]) -> None:
-        seconds = self._patience.response
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._patience.response
+        whole = parts if self._plain else [b"".join(parts)]  # of TLS as few records as can be
         try:
-            if not self._plain:
-                self._socket.settimeout(seconds)
-                self._socket.sendall(b"".join(parts))
-                return
-            for at in range(0, len(parts), _VECTORS):
-                _send_all(self._socket, parts[at : at + _VECTORS], deadline)
-        except OSError as error:
+            for at in range(0, len(whole), _VECTORS):
+                self._stream.send_all(whole[at : at + _VECTORS], deadline)
+        except (OSError, Expired) as error:
             self._close()
             raise Lost(_words(error)) from error
 
@@ -361,28 +357,7 @@ def _fill(buffer: memoryview, source: IO[bytes]) -> int:
     return held
 
 
-def _send_all(
-    connection: socket.socket, parts: Sequence[bytes | memoryview], deadline: float
-) -> None:
-    """All parts in as few system calls as the peer's window allows.
-
-    Raises:
-        OSError: the connection has ended, or the peer has not taken all by the `deadline`.
-    """
-    waiting = [memoryview(part) for part in parts]
-    while waiting:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        connection.settimeout(left)
-        sent = connection.sendmsg(waiting)
-        while waiting and sent >= len(waiting[0]):
-            sent -= len(waiting.pop(0))
-        if sent:
-            waiting[0] = waiting[0][sent:]
-
-
-def _words(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
+def _words(error: OSError | Expired) -> str:
+    if isinstance(error, (TimeoutError, Expired)):
         return "no answer in time"
     return error.strerror or type(error).__name__

@@ -5,7 +5,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
 
@@ -121,14 +121,30 @@ class Stream:
         """
         if self._broken:
             return
-        deadline = time.monotonic() + seconds
-        waiting = memoryview(data)
         try:
-            while waiting:
-                send = partial(self._connection.send, waiting)
-                waiting = waiting[self._when_ready(send, select.POLLOUT, deadline) :]
+            self.send_all([data], time.monotonic() + seconds)
         except (OSError, Expired):
             self._broken = True
+
+    def send_all(self, parts: Sequence[bytes | memoryview], deadline: float) -> None:
+        """Send all parts in as few system calls as the peer's window allows.
+
+        Raises:
+            Expired: the peer has not taken all by then.
+            OSError: the connection has ended.
+        """
+        connection = self._connection
+        waiting = [memoryview(part) for part in parts]
+        while waiting:
+            if isinstance(connection, ssl.SSLSocket):  # which takes one buffer at a time
+                send = partial(connection.send, waiting[0])
+            else:
+                send = partial(connection.sendmsg, waiting)
+            sent = self._when_ready(send, select.POLLOUT, deadline)
+            while waiting and sent >= len(waiting[0]):
+                sent -= len(waiting.pop(0))
+            if sent:
+                waiting[0] = waiting[0][sent:]
 
     def _take(self, count: int) -> memoryview:
         start = self._start
