@@ -107,10 +107,8 @@ def read_head(head: bytes, syntax: str, tags: Collection[int]) -> Dataset | None
     """As `read_header`, of the first bytes of a data set; None: the answer is not in them."""
     if syntax == DeflatedExplicitVRLittleEndian:
         return None
-    implicit = syntax == ImplicitVRLittleEndian and head[4:6] not in _VRS
-    little = syntax != ExplicitVRBigEndian
     try:
-        header, beyond = _collect(_Elements(io.BytesIO(head), len(head), implicit, little), tags)
+        header, beyond = _collect(_encoded(io.BytesIO(head), len(head), syntax, head), tags)
     except CannotUnderstand:  # perhaps only because the rest is missing
         return None
     return header if beyond else None
@@ -245,7 +243,12 @@ def _data_set(file: io.BufferedReader, syntax: str) -> "_Elements":
     source, size = file, os.fstat(file.fileno()).st_size
     if syntax == DeflatedExplicitVRLittleEndian:
         source, size = io.BufferedReader(_Inflating(file, MOST_INFLATED), 1 << 16), -1
-    implicit = syntax == ImplicitVRLittleEndian and source.peek(6)[4:6] not in _VRS
+    return _encoded(source, size, syntax, source.peek(6))
+
+
+def _encoded(source: IO[bytes], size: int, syntax: str, first: bytes) -> "_Elements":
+    """`first`: at least 6 bytes of the data set; some that are called implicit have VRs."""
+    implicit = syntax == ImplicitVRLittleEndian and first[4:6] not in _VRS
     return _Elements(source, size, implicit, syntax != ExplicitVRBigEndian)
 
 

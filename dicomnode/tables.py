@@ -303,7 +303,7 @@ class Database:
     def read(self, query: Any, values: Mapping[str, Any] | None = None) -> list[Any]:
         """The rows of one query, of the last committed state; `values` of its parameters."""
         with self._engine.connect() as connection:
-            db = connection.execution_options(**_READS)
+            db = connection.execution_options(reads_only=True)
             return list(db.execute(query, values).all())
 
 
@@ -324,10 +324,6 @@ def note(db: Connection, series_uid: str, now: float, text: str, job: int | None
 def is_due(column: Any, now: float) -> Any:
     """Is the moment in `column` here? One that lies too far ahead was set by a clock set back."""
     return or_(column <= now, column > now + LONGEST_WAIT_SECONDS)
-
-
-_READS = {"reads_only": True}
-"""Of a connection that changes nothing, and so waits for nobody who does."""
 
 
 def _open(path: Path, *, create: bool = True) -> Engine:
@@ -356,7 +352,7 @@ def _open(path: Path, *, create: bool = True) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        if not _READS.items() <= connection.get_execution_options().items():
+        if not connection.get_execution_options().get("reads_only"):  # else it waits for nobody
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     if found is None:
