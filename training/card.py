@@ -1,9 +1,11 @@
-"""The figures of an evaluation in a package: in its card and in its manifest."""
+"""The card of a package: its template filled in, and later the figures of an evaluation."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from dicomnode.errors import ConfigError
 from dicomnode.imaging.manifest import manifest_to_yaml
 from dicomnode.imaging.package import (
     ModelPackage,
@@ -14,6 +16,18 @@ from dicomnode.imaging.package import (
 )
 
 _HEADING = "## Evaluation"
+
+
+def filled(template: str, /, **facts: Any) -> str:
+    """The card whose template is in this file, with these facts in their places.
+
+    Raises:
+        ConfigError: the template cannot be read, or names a fact that there is not.
+    """
+    try:
+        return Path(template).read_text("utf-8").format(**facts)
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"card: {template}: {error!r}") from error
 
 
 def write_evaluation(package: ModelPackage, data: Mapping[str, Any]) -> ModelPackage:

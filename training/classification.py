@@ -17,6 +17,7 @@ from dicomnode.imaging.intensity import Window
 from dicomnode.imaging.manifest import DicomSpec
 from dicomnode.imaging.networks import Classifier, probabilities_of
 from training.agreement import accuracy, bootstrap, mean_area
+from training.card import filled
 from training.config import Classes, TrainConfig
 from training.errors import TrainingError
 from training.pictures import Picture, as_network_sees, draw_batch, find_pictures, plainly_known
@@ -101,11 +102,7 @@ class PicturesByClass:
             "warnings": list(self._found.warnings),
         }
         manifest = manifest_of(config, self._data, training, validation)
-        try:
-            template = Path(config.card).read_text("utf-8")
-            card = template.format(name=config.name, version=config.version, **validation)
-        except (OSError, KeyError, IndexError, ValueError) as error:
-            raise ConfigError(f"card: {config.card}: {error!r}") from error
+        card = filled(config.card, name=config.name, version=config.version, **validation)
         golden = _golden(self._data, config.seed)
         return write_classifier(Path(config.package), manifest, network.state_dict(), golden, card)
 

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dicomnode.errors import ConfigError
 from dicomnode.imaging.manifest import (
     Bounds,
     DicomSpec,
@@ -26,6 +25,7 @@ from dicomnode.imaging.manifest import (
 from dicomnode.imaging.networks import Generator
 from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.projection import quantum_noise
+from training.card import filled
 from training.config import Data, TrainConfig, window_of
 from training.data import Sample
 from training.figures import Figures
@@ -48,11 +48,7 @@ def export_package(
     """
     training = describe_training(config, samples, split) | {"steps": steps}
     validation = describe_figures(figures)
-    try:
-        template = Path(config.card).read_text("utf-8")
-        card = template.format(name=config.name, version=config.version, **training, **validation)
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"card: {config.card}: {error!r}") from error
+    card = filled(config.card, name=config.name, version=config.version, **training, **validation)
     return write_package(
         Path(config.package),
         describe(config, generator, training, validation),

@@ -23,6 +23,7 @@ from dicomnode.imaging.manifest import (
 from dicomnode.imaging.networks import Generator
 from dicomnode.imaging.package import ModelPackage, write_package
 from dicomnode.imaging.percentiles import Percentiles
+from training.card import filled
 from training.config import Backward, Images, Publish, TrainConfig
 from training.errors import TrainingError
 from training.export import golden_input, normalisation_of, tiling_of
@@ -85,11 +86,7 @@ def _write(
     training = _describe_training(config, data, planes, split) | {"steps": steps}
     validation = _describe_figures(figures)
     manifest = _manifest(config, data, target, generator, planes, training, validation)
-    try:
-        template = Path(target.card).read_text("utf-8")
-        card = template.format(name=target.name, version=config.version, **training, **validation)
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"card: {target.card}: {error!r}") from error
+    card = filled(target.card, name=target.name, version=config.version, **training, **validation)
     golden = golden_body(config.seed, data.source.intensity, generator)
     return write_package(Path(target.package), manifest, generator.state_dict(), golden, card)
 

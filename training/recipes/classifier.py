@@ -1,6 +1,5 @@
 """A classifier by cross-entropy: Adam, cosine learning rate, running mean of the weights."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ class Classify(Parts):
     def step(self, batch: Batch, step: int) -> dict[str, float]:
         step_rng(self.seed, step)
         self.network.train()
-        self.optimizer.param_groups[0]["lr"] = self._learning_rate(step)
+        self.optimizer.param_groups[0]["lr"] = self.settings.half_cosine(step / self.settings.steps)
         logits = self.network(batch.source.expand(-1, self.network.channels, -1, -1))
         each = F.cross_entropy(logits, batch.target, reduction="none", label_smoothing=_SMOOTHING)
         loss = (each * batch.weight).mean()
@@ -44,7 +43,3 @@ class Classify(Parts):
 
     def results(self) -> Mapping[str, Any]:
         return {"forward": self.average.result()}
-
-    def _learning_rate(self, step: int) -> float:
-        high, low = self.settings.learning_rate, self.settings.final_learning_rate
-        return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * step / self.settings.steps))

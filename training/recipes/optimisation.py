@@ -1,5 +1,6 @@
 """How a generator is fitted: settings that the recipes share."""
 
+import math
 from dataclasses import dataclass
 
 from training.recipes.descent import Precision
@@ -28,3 +29,8 @@ class Optimisation:
     """Largest norm of a gradient; 0: any."""
     precision: Precision = "fp32"
     """bf16, fp16: the middle of the networks only; losses, first and last layer stay fp32."""
+
+    def half_cosine(self, done: float) -> float:
+        """The learning rate after this share of the steps, from the first to the final one."""
+        high, low = self.learning_rate, self.final_learning_rate
+        return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * done))

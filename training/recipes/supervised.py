@@ -6,7 +6,6 @@ in, errors count more, which is the same as saying that details are more frequen
 training images show: the network errs on the side of keeping them.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -76,8 +75,7 @@ class Supervised(Parts):
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to the final rate."""
-        high, low = self.settings.learning_rate, self.settings.final_learning_rate
         if step < WARM_UP_STEPS:
-            return high * (step + 1) / WARM_UP_STEPS
+            return self.settings.learning_rate * (step + 1) / WARM_UP_STEPS
         done = (step - WARM_UP_STEPS) / max(1, self.settings.steps - WARM_UP_STEPS)
-        return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+        return self.settings.half_cosine(min(done, 1.0))
