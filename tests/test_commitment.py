@@ -368,10 +368,15 @@ def event_of(encoded: bytes) -> evt.Event:
     request.RequestedSOPInstanceUID = PUSH_MODEL_INSTANCE
     request.ActionTypeID = 1
     request.ActionInformation = BytesIO(encoded)
+    return as_event(request, evt.EVT_N_ACTION)
+
+
+def as_event(request: Any, kind: Any) -> evt.Event:
+    """A message of the push model as pynetdicom hands it over."""
     context = build_context(StorageCommitmentPushModel, ImplicitVRLittleEndian)
     context.context_id = 1
     attributes = {"request": request, "context": context.as_tuple}
-    return evt.Event(cast(Any, None), evt.EVT_N_ACTION, attributes)
+    return evt.Event(cast(Any, None), kind, attributes)
 
 
 _VALID = encode(information("1.2.3", [("1.2", "1.3.1"), ("1.2", "1.3.2")]), True, True) or b""

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
-from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian, generate_uid
-from pynetdicom import AE, build_context, build_role, evt
+from pydicom.uid import CTImageStorage, generate_uid
+from pynetdicom import AE, build_role, evt
 from pynetdicom.dimse_primitives import N_EVENT_REPORT
 from pynetdicom.dsutils import encode
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ from dicomnode.transactions import Result
 from tests.certificates import OPENSSL, Authority
 from tests.factories import ct_series, write_series
 from tests.peers import ORTHANC, ROOT, free_port, needs, orthanc, wait_for
-from tests.test_commitment import config, refused_or_harmless
+from tests.test_commitment import as_event, config, refused_or_harmless
 from tests.test_commitment_node import call
 
 pytestmark = pytest.mark.network
@@ -611,10 +611,7 @@ def event_of(encoded: bytes) -> evt.Event:
     request.AffectedSOPInstanceUID = PUSH_MODEL_INSTANCE
     request.EventTypeID = 2
     request.EventInformation = BytesIO(encoded)
-    context = build_context(StorageCommitmentPushModel, ImplicitVRLittleEndian)
-    context.context_id = 1
-    attributes = {"request": request, "context": context.as_tuple}
-    return evt.Event(cast(Any, None), evt.EVT_N_EVENT_REPORT, attributes)
+    return as_event(request, evt.EVT_N_EVENT_REPORT)
 
 
 _RESULTS: list[Result] = [("1.2", "1.3.1", 0), ("1.2", "1.3.2", 0x0112)]
