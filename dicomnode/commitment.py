@@ -228,7 +228,7 @@ class Commitments:
             for transaction in waiting:
                 wait = _retry_wait(transaction.attempts)
                 self._put_off(transaction, peer, str(error), wait)
-        except Exception:
+        except Exception:  # they must be reported whatever breaks
             log.exception("reporting storage commitments to %s broke", name)
             for transaction in waiting:
                 wait = _retry_wait(transaction.attempts)

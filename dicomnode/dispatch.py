@@ -154,7 +154,7 @@ class Dispatcher:
         self._running.remove(running)
         try:
             self._done(running, reply.outcome)
-        except Exception as error:
+        except Exception as error:  # as where a job begins
             log.exception("job %d broke", running.job.id)
             self._finish(running.job, Event.BROKE, type(error).__name__, _UNEXPECTED)
         self._ended()

@@ -299,7 +299,7 @@ def _pixels(dataset: Dataset, count: int) -> Iterator[DataElement]:
             found = list(
                 generate_frames(whole.value, number_of_frames=count, extended_offsets=extended)
             )
-        except Exception as error:
+        except Exception as error:  # whatever a damaged table of offsets makes pydicom raise
             raise _not_in_frames(dataset) from error
         if len(found) != count:
             raise _not_in_frames(dataset)

@@ -206,7 +206,7 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
         stored = pixel_array(dataset, raw=True, decoding_plugin=plugin)
     except SeriesRefused:
         raise
-    except Exception as error:
+    except Exception as error:  # decoders of four libraries, each with errors of its own
         raise refused(
             "UNDECODABLE", dataset, f"pixel data: {type(error).__name__}", "send it again"
         ) from error
