@@ -16,7 +16,7 @@ from tests.peers import STORESCU, Node, needs, node_settings, send, wait_for
 STRACE = "/usr/bin/strace"
 pytestmark = [pytest.mark.network, pytest.mark.peers, needs(STORESCU, STRACE)]
 
-_RESPONSE = re.compile(r'sendto\(\d+<[^>]*>, "\\4\\0')
+_RESPONSE = re.compile(r'send(to|msg)\(\d+<[^>]*>, [^"]*"\\4\\0')
 """A P-DATA-TF PDU goes out: the C-STORE response."""
 
 
@@ -32,7 +32,7 @@ def test_file_folder_and_journal_are_synced_before_each_response(
 ) -> None:
     files = write_series(ct_series(6, 64, 64), tmp_path / "source")
     trace = tmp_path / "trace"
-    watched = "trace=fsync,fdatasync,link,linkat,sendto"
+    watched = "trace=fsync,fdatasync,link,linkat,sendto,sendmsg"
     with _traced(node, "-y", "-e", watched, "-o", str(trace)):
         assert send(STORESCU, files, node.port).returncode == 0
         wait_for(lambda: len(_RESPONSE.findall(trace.read_text())) >= 6, "six responses", 20)
@@ -99,9 +99,11 @@ def _traced(node: Node, *options: str) -> Iterator[None]:
         assert tracer.stderr is not None
         if b"attached" not in tracer.stderr.readline():
             pytest.skip("strace may not attach to processes here")
-        yield
-        tracer.send_signal(signal.SIGINT)
-        tracer.wait(20)
+        try:
+            yield
+        finally:  # else a failure within would wait for it for ever
+            tracer.send_signal(signal.SIGINT)
+            tracer.wait(20)
 
 
 def _what(line: str) -> str | None:

@@ -182,7 +182,7 @@ def test_two_associations_for_one_series_make_one_result(
     files = written(ct_series(slices=11), tmp_path / "source")
     assert send(STORESCU, files[:4] + files[6:], node.port).returncode == 0
     time.sleep(1.5)  # longer than quiet_seconds_if_released: only the gap holds it
-    assert node.status(series_uid(files))["open"]
+    assert node.get(f"api/v1/series/{series_uid(files)}")[1]["open"]
     assert send(STORESCU, files[4:6], node.port).returncode == 0
     expect_derived(node, archive, files, tmp_path / "derived")
     assert archive.count() == 11
