@@ -36,7 +36,7 @@ class Completion:
         self._journal, self._jobs = journal, jobs
         self._carriers, self._performed = carriers, performed
         self._missing: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, tuple[float, frozenset[str], Expected | None]] = {}
+        self._said: dict[str, tuple[float, int, Expected | None]] = {}
         self._changed: dict[str, tuple[float, float]] = {}
 
     def step(self, now: float, clock: float) -> tuple[int, int]:
@@ -106,13 +106,18 @@ class Completion:
         seen = self._said.get(series.series_uid)
         if seen is None or seen[0] != series.last_received:
             said = self._journal.announcements(series.series_uid)
-            seen = (series.last_received, frozenset(said), expected_count(said.values()))
-            self._said[series.series_uid] = seen
-        _, here, count = seen
+            received = sum(number for _, number in said)
+            expected = expected_count((words for words, _ in said), received)
+            seen = self._said[series.series_uid] = (series.last_received, received, expected)
+        _, received, count = seen
         performed = self._performed(series.series_uid)
-        if performed is not None and performed <= here:
+        if (
+            performed is not None
+            and len(performed) <= received
+            and performed <= set(self._journal.instance_uids(series.series_uid))
+        ):
             return "MPPS completed"
-        if count is not None and len(here) == count.count and (count.alone or released):
+        if count is not None and received == count.count and (count.alone or released):
             return count.keyword
         return None
 

@@ -7,6 +7,7 @@ that is too large is harmless, because then the quiet time decides as if there w
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from pydicom import Dataset
 
@@ -39,7 +40,7 @@ class Expected:
     that carried it was released."""
 
 
-def expected_values(header: Dataset) -> dict[str, int | str]:
+def expected_values(header: Dataset | Mapping[str, Any]) -> dict[str, int | str]:
     """What one instance says, as plain values that a journal can keep as JSON.
 
     Values that cannot be decoded or make no sense count as absent.
@@ -48,8 +49,10 @@ def expected_values(header: Dataset) -> dict[str, int | str]:
     return {keyword: value for keyword, value in values.items() if value is not None}
 
 
-def expected_count(instances: Iterable[Values]) -> Expected | None:
+def expected_count(instances: Iterable[Values], received: int | None = None) -> Expected | None:
     """How many instances the series will have, by what all that were received say; None: no word.
+
+    Where many say the same, it is enough to give that once, and how many were `received`.
 
     Instances must agree: an attribute that differs between them, or that is smaller than what has
     been received already, says nothing.
@@ -72,12 +75,13 @@ def expected_count(instances: Iterable[Values]) -> Expected | None:
       say, too, that nothing more comes.
     """
     said = list(instances)
+    received = len(said) if received is None else received
     for count, keyword, alone in (
         (_agreed(said, "NumberOfSeriesRelatedInstances"), "NumberOfSeriesRelatedInstances", True),
         (_pet_images(said), "NumberOfSlices", True),
         (_one_acquisition(said), "ImagesInAcquisition", False),
     ):
-        if isinstance(count, int) and count >= max(1, len(said)):
+        if isinstance(count, int) and count >= max(1, received):
             return Expected(count, keyword, alone)
     return None
 
@@ -117,7 +121,7 @@ def _one_acquisition(said: list[Values]) -> int | None:
     return count if isinstance(count, int) and number is not None and not many_frames else None
 
 
-def _value(header: Dataset, keyword: str) -> int | str | None:
+def _value(header: Dataset | Mapping[str, Any], keyword: str) -> int | str | None:
     try:
         value = header.get(keyword)
         if keyword == "SeriesType":

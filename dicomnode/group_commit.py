@@ -1,8 +1,9 @@
 """Group commit: changes of several threads in one transaction, so that they share its fsync."""
 
+import sqlite3
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -25,7 +26,7 @@ class _Change:
     def run(self, db: Connection, *, alone: bool) -> None:
         """`alone`: nobody shares the transaction, which an error then undoes as a whole."""
         try:
-            with nullcontext() if alone else db.begin_nested():
+            with nullcontext() if alone else _savepoint(db):
                 self.result = self._change(db)
         except Exception as error:
             self.error = error  # raised again, on the thread it belongs to
@@ -45,6 +46,13 @@ class GroupCommit:
         self._engine, self._turn = engine, turn
         self._queue: list[_Change] = []
         self._lock = threading.Lock()
+        self._db: Connection | None = None  # kept: taking one from the pool costs more than it does
+
+    def close(self) -> None:
+        """Give the connection back; the next commit takes another."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
 
     def commit(self, change: Callable[[Connection], _Result]) -> _Result:
         """Run `change`, durable when this returns.
@@ -71,17 +79,55 @@ class GroupCommit:
         failure: Exception = JournalError("the commit was broken off; nothing was recorded")
         committed = False
         try:
-            with self._engine.begin() as db:
+            self._db = self._db or self._engine.connect()
+            with _transaction(self._db) as db:
                 for change in batch:
                     change.run(db, alone=len(batch) == 1)
                     _check_open(db)
             committed = True
         except (SQLAlchemyError, JournalError) as error:
             failure = error
+            self.close()
         finally:  # whatever ended it: nobody may take a change for durable that is not
             for change in batch:
                 change.error = change.error or (None if committed else failure)
                 change.done = True
+
+
+@contextmanager
+def _transaction(db: Connection) -> Iterator[Connection]:
+    """All of it or nothing; SQLAlchemy takes longer to begin and to commit than SQLite.
+
+    Raises:
+        JournalBusy: nothing was changed.
+    """
+    driver: Any = db.connection.driver_connection
+    try:
+        driver.execute("BEGIN IMMEDIATE")
+        yield db
+        driver.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise JournalBusy(f"the journal cannot be changed now: {error}") from error
+    finally:
+        if driver.in_transaction:
+            with suppress(sqlite3.Error):  # then the connection is closed, to the same end
+                driver.execute("ROLLBACK")
+        db.rollback()  # for SQLAlchemy, which may have been used within: nothing is left to do
+
+
+@contextmanager
+def _savepoint(db: Connection) -> Iterator[None]:
+    """What is done within is undone if it fails, and nothing else."""
+    driver: Any = db.connection.driver_connection
+    driver.execute("SAVEPOINT change")
+    try:
+        yield
+    except Exception:
+        if driver.in_transaction:  # else SQLite gave up all of it
+            driver.execute("ROLLBACK TO change")
+            driver.execute("RELEASE change")
+        raise
+    driver.execute("RELEASE change")
 
 
 def busy(error: OperationalError) -> JournalBusy:

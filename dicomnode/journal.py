@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import BindParameter, Connection, Float, bindparam, case, select
+from sqlalchemy import BindParameter, Connection, Float, bindparam, case, func, select
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import tables as t
@@ -202,11 +202,12 @@ class Journal:
         query = select(t.instances.c.plane).where(t.instances.c.series_uid == series_uid)
         return [None if plane is None else json.loads(plane) for (plane,) in self._db.read(query)]
 
-    def announcements(self, series_uid: str) -> dict[str, dict[str, int | str]]:
-        """What each instance, by SOP Instance UID, says of the size of its series."""
+    def announcements(self, series_uid: str) -> list[tuple[dict[str, int | str], int]]:
+        """What instances say of the size of their series, and how many say the same."""
         i = t.instances.c
-        query = select(i.sop_instance_uid, i.expected).where(i.series_uid == series_uid)
-        return {uid: json.loads(said) if said else {} for uid, said in self._db.read(query)}
+        query = select(i.expected, func.count()).where(i.series_uid == series_uid)
+        rows = self._db.read(query.group_by(i.expected))
+        return [(json.loads(said) if said else {}, count) for said, count in rows]
 
     def generation(self, series_uid: str) -> int:
         """How often the series was opened: a later one takes the place of those before."""

@@ -73,12 +73,12 @@ MALFORMED = (
 )
 """What pydicom raises for a damaged file or value."""
 
-_UNDEFINED = 0xFFFFFFFF
+UNDEFINED = 0xFFFFFFFF
 _ITEM_END, _SEQUENCE_END, _CHARACTER_SET = 0xFFFEE00D, 0xFFFEE0DD, 0x00080005
 _TRANSFER_SYNTAX = 0x00020010
-_LONG = {f"O{kind}".encode() for kind in "BDFLVW"} | {b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
-_LONG.add(b"UV")  # VRs with a 4-byte length (PS3.5 7.1.2)
-_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
+LONG_VRS = {f"O{kind}".encode() for kind in "BDFLVW"} | {b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
+LONG_VRS.add(b"UV")  # VRs with a 4-byte length (PS3.5 7.1.2)
+VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID")
 _SIZES = ("SamplesPerPixel", "NumberOfFrames", "Rows", "Columns", "BitsAllocated")
 
@@ -97,31 +97,19 @@ def read_header(path: Path, tags: Collection[int]) -> Dataset:
     """
     with path.open("rb") as file:
         syntax = _read_syntax(file)
-        header, _ = _collect(_data_set(file, syntax), tags)
+        header = _collect(_data_set(file, syntax), tags)
     header.file_meta = FileMetaDataset()
     header.file_meta.TransferSyntaxUID = UID(syntax)
     return header
 
 
-def read_head(head: bytes, syntax: str, tags: Collection[int]) -> Dataset | None:
-    """As `read_header`, of the first bytes of a data set; None: the answer is not in them."""
-    if syntax == DeflatedExplicitVRLittleEndian:
-        return None
-    try:
-        header, beyond = _collect(_encoded(io.BytesIO(head), len(head), syntax, head), tags)
-    except CannotUnderstand:  # perhaps only because the rest is missing
-        return None
-    return header if beyond else None
-
-
-def _collect(elements: "_Elements", tags: Collection[int]) -> tuple[Dataset, bool]:
-    """The attributes asked for, and whether there was an element after the last of them."""
+def _collect(elements: "_Elements", tags: Collection[int]) -> Dataset:
+    """The attributes asked for."""
     wanted = {_CHARACTER_SET, *tags}
     last = max(wanted)
-    header, beyond = Dataset(), False
+    header = Dataset()
     for tag, vr, length in elements:
         if tag > last:
-            beyond = True
             break
         if tag not in wanted:
             elements.skip(length)
@@ -130,7 +118,7 @@ def _collect(elements: "_Elements", tags: Collection[int]) -> tuple[Dataset, boo
         else:
             header[BaseTag(tag)] = elements.value(tag, vr, length)
     header.set_original_encoding(elements.implicit, elements.little, elements.character_set)
-    return header, beyond
+    return header
 
 
 def read_instances(
@@ -243,12 +231,8 @@ def _data_set(file: io.BufferedReader, syntax: str) -> "_Elements":
     source, size = file, os.fstat(file.fileno()).st_size
     if syntax == DeflatedExplicitVRLittleEndian:
         source, size = io.BufferedReader(_Inflating(file, MOST_INFLATED), 1 << 16), -1
-    return _encoded(source, size, syntax, source.peek(6))
-
-
-def _encoded(source: IO[bytes], size: int, syntax: str, first: bytes) -> "_Elements":
-    """`first`: at least 6 bytes of the data set; some that are called implicit have VRs."""
-    implicit = syntax == ImplicitVRLittleEndian and first[4:6] not in _VRS
+    # some data sets that are called implicit have VRs
+    implicit = syntax == ImplicitVRLittleEndian and source.peek(6)[4:6] not in VRS
     return _Elements(source, size, implicit, syntax != ExplicitVRBigEndian)
 
 
@@ -311,9 +295,9 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
         self._keep(head)
         group, element = self._tag.unpack_from(head)
         vr = head[4:6]
-        if group == 0xFFFE or self.implicit or vr not in _VRS:
+        if group == 0xFFFE or self.implicit or vr not in VRS:
             return group << 16 | element, b"", self._long.unpack_from(head, 4)[0]
-        if vr in _LONG:
+        if vr in LONG_VRS:
             return group << 16 | element, vr, self._long.unpack(self.take(4))[0]
         return group << 16 | element, vr, self._short.unpack_from(head, 6)[0]
 
@@ -328,7 +312,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
 
     def skip(self, length: int) -> None:
         """Step over a value."""
-        if length == _UNDEFINED:
+        if length == UNDEFINED:
             self._skip_items()
         elif self._kept is not None:
             self.take(length)
@@ -348,7 +332,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
                 raise CannotUnderstand("the data set is cut off")
             if tag in (_ITEM_END, _SEQUENCE_END):
                 open_ones -= 1
-            elif length == _UNDEFINED:
+            elif length == UNDEFINED:
                 open_ones += 1
                 if open_ones > 2 * DEEPEST:
                     raise CannotUnderstand("sequences are nested too deep")
@@ -357,7 +341,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
 
     def value(self, tag: int, vr: bytes, length: int) -> RawDataElement | DataElement:
         """The value of the current element; of a sequence its items."""
-        if length != _UNDEFINED:
+        if length != UNDEFINED:
             data = self.take(length)
             if tag == _CHARACTER_SET:
                 self._use_character_set(data)
@@ -370,7 +354,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
         if vr not in (b"SQ", b"UN", b"") or not _is_sequence(tag):
             raise CannotUnderstand("a value of undefined length that is no sequence")
         items = read_sequence(
-            io.BytesIO(data), self.implicit, self.little, _UNDEFINED, self.character_set
+            io.BytesIO(data), self.implicit, self.little, UNDEFINED, self.character_set
         )
         return DataElement(BaseTag(tag), "SQ", items, already_converted=True)
 

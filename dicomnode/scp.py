@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
@@ -31,9 +31,10 @@ from dicomnode.errors import (
     OutOfResources,
 )
 from dicomnode.expected import EXPECTED_KEYWORDS, expected_values
+from dicomnode.heads import Plain
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
-from dicomnode.part10 import MALFORMED, read_head, read_header
+from dicomnode.part10 import MALFORMED, read_header
 from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
 from dicomnode.spool import OneByOne, Spool, checked_uid, dataset_digest
 from dicomnode.upper_layer import (
@@ -53,6 +54,7 @@ _NOT_AUTHORISED = 0x0124
 _ARRIVAL_TAGS = [
     tag for tag in map(tag_for_keyword, (*ARRIVAL_KEYWORDS, *EXPECTED_KEYWORDS)) if tag is not None
 ]
+_PLAIN = Plain(_ARRIVAL_TAGS)
 
 
 class LibraryService(Protocol):
@@ -224,19 +226,32 @@ class StorageScp:
             self._keep_in_turn(received, arrival, time.time())
 
     def _keep_in_turn(self, received: Received, arrival: Arrival, now: float) -> None:
-        known = self._journal.known(arrival.sop_instance_uid)
-        if known is not None and (known[0], known[1]) != (arrival.series_uid, arrival.sha256):
-            self._refuse_other(received.part, arrival, now)
-        if known is None or known[2]:
-            kept = self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
-            if kept is None:
-                self._adopt_or_refuse(received.part, arrival, now)
-        late = self._config.series.on_late_instances
-        if self._journal.record_instance(arrival, now, late=late):
+        """The journal is asked only where a file is there already: it seldom is."""
+        part, place = received.part, (arrival.series_uid, arrival.sop_instance_uid)
+        kept = self._spool.keep(part, *place, received.descriptor)
+        if kept is None:
+            self._compare(part, arrival, now)
+        try:
+            recorded = self._journal.record_instance(
+                arrival, now, late=self._config.series.on_late_instances
+            )
+        except DuplicateInstance:
+            if kept is not None:  # beside the known one, or in the place of one that is deleted
+                self._spool.take_back(kept)
+            self._refuse_other(part, arrival, now)
+        if recorded:
             metrics.bytes_received.inc(received.file_size)
-        elif not self._spool.path(arrival.series_uid, arrival.sop_instance_uid).is_file():
+        elif not self._spool.path(*place).is_file():
             # retention deleted it before its row said that it is wanted again; now it does
-            self._spool.keep(received.part, arrival.series_uid, arrival.sop_instance_uid)
+            self._spool.keep(part, *place)
+
+    def _compare(self, part: Path, arrival: Arrival, now: float) -> None:
+        """A file is there: of the same data set?"""
+        known = self._journal.known(arrival.sop_instance_uid)
+        if known is None or known[2]:
+            self._adopt_or_refuse(part, arrival, now)
+        elif (known[0], known[1]) != (arrival.series_uid, arrival.sha256):
+            self._refuse_other(part, arrival, now)
 
     def _adopt_or_refuse(self, part: Path, arrival: Arrival, now: float) -> None:
         """A file is there that its row calls deleted, or without a row."""
@@ -244,15 +259,15 @@ class StorageScp:
         if dataset_digest(there)[0] != arrival.sha256:
             self._refuse_other(part, arrival, now)
 
-    def _refuse_other(self, part: Path, arrival: Arrival, now: float) -> None:
+    def _refuse_other(self, part: Path, arrival: Arrival, now: float) -> NoReturn:
         self._spool.set_aside(part, arrival.sop_instance_uid, arrival.sha256)
         self._journal.record_conflict(arrival, now)
         raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
 
     def _arrival(self, received: Received, opened: _Open) -> tuple[Arrival, int]:
         """What the journal is to keep, and the association's number in it."""
-        head = read_head(received.head, received.transfer_syntax_uid, _ARRIVAL_TAGS)
-        header = read_arrival_header(received.part) if head is None else _decoded(head)
+        plain = _PLAIN.read(received.head, received.transfer_syntax_uid)
+        header = read_arrival_header(received.part) if plain is None else plain
         sop_class = checked_uid(header.get("SOPClassUID"), "SOPClassUID")
         sop_instance = checked_uid(header.get("SOPInstanceUID"), "SOPInstanceUID")
         if sop_class != received.sop_class_uid:

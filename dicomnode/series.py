@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydicom import Dataset
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.multival import MultiValue
@@ -41,9 +40,10 @@ Plane = Mapping[str, Any]
 """Position and orientation of one image, as the journal keeps them."""
 
 
-def plane_of(header: Dataset) -> Plane | None:
+def plane_of(header: Dataset | Mapping[str, Any]) -> Plane | None:
     """Where an image lies in the patient, or None: no image plane, or a localizer."""
-    kinds = map(str, np.ravel(header.get("ImageType") or []))
+    kinds = header.get("ImageType") or []
+    kinds = map(str, kinds if isinstance(kinds, (list, MultiValue)) else [kinds])
     try:
         position = [float(value) for value in header.get("ImagePositionPatient") or []]
         orientation = [float(value) for value in header.get("ImageOrientationPatient") or []]

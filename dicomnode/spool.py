@@ -101,11 +101,14 @@ class Spool:
                 return "node.data_dir cannot be written"
         return ""
 
-    def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
+    def keep(
+        self, part: Path, series_uid: str, sop_instance_uid: str, descriptor: int | None = None
+    ) -> Path | None:
         """Give a complete received file its place, durably; None if another file is there.
 
         `part` stays as a second name of the file: whoever received it removes it once the journal
         has the instance. What a crash leaves in `incoming` is thus all there is to recover.
+        `descriptor`: of the same file, if it is open.
 
         The file gets its name before it is synced: a file system with a journal then writes file
         and name in one transaction, and the folder's own sync finds nothing left to write (0.55
@@ -115,20 +118,35 @@ class Spool:
         Raises:
             OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
         """
-        final = self.path(series_uid, sop_instance_uid)
+        folder = f"{self.root}/received/{series_uid}"  # to make a Path takes longer than a link
+        final = f"{folder}/{sop_instance_uid}.dcm"
         new = False
         try:
             if not self.has_room():
                 raise OutOfResources("free space is below node.reserve_free_gb")
-            self._make_folder(final.parent)
-            new = self._link(part, final)
-            sync_file(final)
-            sync_folder(final.parent)
+            new = _link(part, final, folder)
+            if new and descriptor is not None:
+                os.fsync(descriptor)
+            else:
+                sync_file(final)
+            sync_folder(folder)
         except OSError as error:
             if new:
-                final.unlink(missing_ok=True)
+                Path(final).unlink(missing_ok=True)
             raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
-        return final if new else None
+        return Path(final) if new else None
+
+    def take_back(self, kept: Path) -> None:
+        """Remove what `keep` gave a place, durably.
+
+        Raises:
+            OutOfResources: the disk refuses.
+        """
+        try:
+            kept.unlink()
+            sync_folder(kept.parent)
+        except OSError as error:
+            raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
 
     def drop(self, parts: Collection[Path]) -> None:
         """Remove files in `incoming` under both their names, which only the inode tells."""
@@ -165,19 +183,6 @@ class Spool:
         """Every received file: its series, its SOP Instance UID and its path."""
         for path in self.received.glob("*/*.dcm"):
             yield path.parent.name, path.stem, path
-
-    def _link(self, part: Path, final: Path) -> bool:
-        """Unlike a rename, never replaces what is there; False if something is."""
-        try:
-            os.link(part, final)
-        except FileExistsError:
-            return False
-        return True
-
-    def _make_folder(self, folder: Path) -> None:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
 
 
 class OneByOne:
@@ -237,16 +242,31 @@ def write_durably(path: Path, data: bytes) -> None:
         raise OutOfResources(f"could not write a result: {_reason(error)}") from error
 
 
-def sync_file(path: Path) -> None:
+def _link(part: Path, final: str, folder: str) -> bool:
+    """Unlike a rename, never replaces what is there; False if something is."""
+    try:
+        os.link(part, final)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        if Path(folder).is_dir():
+            raise
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        sync_folder(Path(folder).parent)
+        return _link(part, final, folder)
+    return True
+
+
+def sync_file(path: Path | str) -> None:
     _sync(path, os.O_RDONLY)
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: Path | str) -> None:
     """Make the names in a folder durable."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync(path: Path | str, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

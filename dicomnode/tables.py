@@ -249,6 +249,7 @@ class Database:
         self._group = GroupCommit(self._engine, self._turn)
 
     def close(self) -> None:
+        self._group.close()
         self._engine.dispose()
 
     def trouble(self) -> str:
@@ -352,7 +353,9 @@ def _open(path: Path, *, create: bool = True) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        if not connection.get_execution_options().get("reads_only"):  # else it waits for nobody
+        if connection.get_execution_options().get("reads_only"):
+            return  # it waits for nobody
+        if not connection.connection.driver_connection.in_transaction:  # of GroupCommit
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     if found is None:

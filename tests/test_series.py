@@ -13,15 +13,12 @@ from pydicom import Dataset, dcmread
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
 )
 
 from dicomnode.config import SeriesSection
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.journal import OpenSeries
-from dicomnode.part10 import read_head, read_header
 from dicomnode.routing import keywords_of
 from dicomnode.series import (
     ARRIVAL_KEYWORDS,
@@ -350,46 +347,6 @@ def _strange(elements: list[tuple[str, str, bytes]]) -> bytes:
         group, element = (tag >> 16).to_bytes(2, "little"), (tag & 0xFFFF).to_bytes(2, "little")
         raw += group + element + vr.encode() + length + value
     return raw
-
-
-_ARRIVALS = [tag_for_keyword(keyword) or 0 for keyword in (*ARRIVAL_KEYWORDS, "SeriesType")]
-_FILES = [
-    (uid, file_bytes(ct_series(1, 4, 4, private=True, syntax=uid)[0]))
-    for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
-]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@given(
-    file=st.sampled_from(_FILES),
-    length=st.integers(0, 2000),
-    change=st.none() | st.tuples(st.integers(0, 1999), st.integers(0, 255)),
-)
-def test_a_header_read_from_the_first_bytes_is_that_of_the_file(
-    file: tuple[str, bytes], length: int, change: tuple[int, int] | None, folder: Path
-) -> None:
-    syntax, raw = file
-    start = 144 + int.from_bytes(raw[140:144], "little")
-    body = bytearray(raw[start:])
-    if change is not None and change[0] < len(body):
-        body[change[0]] = change[1]
-    path = _written(folder, raw[:start] + bytes(body))
-    head = read_head(bytes(body[:length]), syntax, _ARRIVALS)
-    if head is not None:
-        whole = read_header(path, _ARRIVALS)
-        assert _items(head) == _items(whole)
-
-
-def _items(header: Dataset) -> list[Any]:
-    return [header.get_item(tag) for tag in sorted(header.keys())]
-
-
-def test_an_ordinary_header_is_read_from_the_first_bytes() -> None:
-    for syntax, raw in _FILES[:2]:
-        start = 144 + int.from_bytes(raw[140:144], "little")
-        head = read_head(raw[start : start + 2000], syntax, _ARRIVALS)
-        assert head is not None
-        assert head.Modality == "CT"
 
 
 def test_a_file_that_is_no_dicom_counts_as_empty(folder: Path) -> None:

@@ -26,7 +26,9 @@ class Received:
     transfer_syntax_uid: str
     message_id: int
     part: Path
-    """Part 10 file, closed, not synced; removed after `Handler.store` unless it was moved."""
+    """Part 10 file, not synced; removed after `Handler.store` unless it was moved."""
+    descriptor: int
+    """Of the same file, open until `Handler.store` returns."""
     sha256: str
     """Of the data set as sent, file meta information left out."""
     size: int
@@ -45,15 +47,11 @@ class Incoming:
         self.part = part
         self.size = 0
         self.head = b""
-        self._meta_size = len(meta)
+        self._meta_size = self._undigested = len(meta)
         self._digest = hashlib.sha256()
-        self._block, self._filled = block, 0
+        self._block, self._filled = block, len(meta)
         self._file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        try:
-            self._write(memoryview(meta))
-        except OSError:
-            self.discard()
-            raise
+        block[: len(meta)] = meta
 
     def add(self, fragment: memoryview) -> None:
         """Raises OSError if the disk refuses."""
@@ -66,30 +64,26 @@ class Incoming:
             if self._filled == BLOCK:
                 self._flush()
 
-    def close(self) -> tuple[str, int]:
-        """SHA-256 of the data set and size of the file.
+    def finish(self) -> tuple[str, int, int]:
+        """SHA-256 of the data set, size of the file, its descriptor; the file stays open.
 
         Raises OSError if the disk refuses.
         """
         self._flush()
-        file, self._file = self._file, -1
-        os.close(file)
-        return self._digest.hexdigest(), self._meta_size + self.size
+        return self._digest.hexdigest(), self._meta_size + self.size, self._file
 
     def discard(self) -> None:
-        """Remove the file, if it is still ours."""
-        if self._file >= 0:
-            file, self._file = self._file, -1
+        """Close the file, and remove it if it is still where it was."""
+        file, self._file = self._file, -1
+        if file >= 0:
             os.close(file)
         self.part.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        block, self._filled = self._block[: self._filled], 0
-        self.head = self.head or bytes(block[:HEAD])
-        self._digest.update(block)
-        self._write(block)
-
-    def _write(self, data: memoryview) -> None:
+        data, self._filled = self._block[: self._filled], 0
+        own, self._undigested = data[self._undigested :], 0
+        self.head = self.head or bytes(own[:HEAD])
+        self._digest.update(own)
         while data:
             data = data[os.write(self._file, data) :]
 

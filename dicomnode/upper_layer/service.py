@@ -274,13 +274,14 @@ class Service:
 
     def _store(self, incoming: Incoming, command: Command, transfer_syntax: str) -> tuple[int, str]:
         try:
-            digest, file_size = incoming.close()
+            digest, file_size, descriptor = incoming.finish()
             received = Received(
                 sop_class_uid=command.sop_class_uid,
                 sop_instance_uid=command.sop_instance_uid,
                 transfer_syntax_uid=transfer_syntax,
                 message_id=command.message_id,
                 part=incoming.part,
+                descriptor=descriptor,
                 sha256=digest,
                 size=incoming.size,
                 file_size=file_size,

@@ -16,7 +16,7 @@ from typing import Literal
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import PatientRootQueryRetrieveInformationModelFind as Find
 
-from dicomnode.spool import sync_file, sync_folder
+from dicomnode.spool import sync_folder
 from dicomnode.upper_layer import (
     CALLING_AE,
     Identity,
@@ -65,7 +65,7 @@ class Folder:
         final = self.folder / f"{received.sop_instance_uid}.{received.part.stem}.dcm"
         received.part.rename(final)
         if self.sync:
-            sync_file(final)
+            os.fsync(received.descriptor)
             sync_folder(self.folder)
         with self._lock:
             self.received.append((requestor, received))
