@@ -249,7 +249,7 @@ def _link(part: Path, final: str, folder: str) -> bool:
     except FileExistsError:
         return False
     except FileNotFoundError:
-        if Path(folder).is_dir():
+        if not part.exists():
             raise
         Path(folder).mkdir(parents=True, exist_ok=True)
         sync_folder(Path(folder).parent)

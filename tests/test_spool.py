@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -49,6 +50,35 @@ def test_a_stored_file_is_never_replaced(spool: Spool) -> None:
     spool.keep(_part(spool, b"first"), "1.2", "1.2.3")
     assert spool.keep(_part(spool, b"second", "other"), "1.2", "1.2.3") is None
     assert _files(spool)["received/1.2/1.2.3.dcm"] == b"first"
+
+
+def test_several_at_once_make_the_folder_of_a_series(spool: Spool) -> None:
+    for series in range(60):
+        parts = [_part(spool, b"abc", f"{series}.{n}") for n in range(4)]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            together = threading.Barrier(len(parts))
+
+            def keep(number: int, series: str, parts: list[Path], start: threading.Barrier) -> bool:
+                start.wait()
+                return spool.keep(parts[number], series, f"1.{number}") is not None
+
+            kept = [pool.submit(keep, n, f"2.{series}", parts, together) for n in range(4)]
+            assert all(one.result() for one in kept)
+
+
+def test_a_file_is_synced_by_its_descriptor_too(spool: Spool) -> None:
+    part = _part(spool, b"abc")
+    with part.open("rb") as file:
+        kept = spool.keep(part, "1.2", "1.2.3", file.fileno())
+    assert kept is not None
+    assert kept.read_bytes() == b"abc"
+    spool.take_back(kept)
+    assert _files(spool) == {"incoming/part": b"abc"}
+
+
+def test_a_part_that_is_not_there_is_an_error(spool: Spool) -> None:
+    with pytest.raises(OutOfResources, match="could not store"):
+        spool.keep(spool.incoming / "none", "1.2", "1.2.3")
 
 
 def test_what_contradicts_a_stored_file_is_set_aside_whole(spool: Spool) -> None:
