@@ -1,5 +1,6 @@
 """Every answer to a C-STORE request is counted, whoever chose its status: seen on associations."""
 
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from dicomnode.scp import StorageScp
 from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
-from tests.factories import ct_series, file_bytes
+from tests.factories import ct_series
 from tests.fuzz import wire
 from tests.fuzz.receiver import data_set
 from tests.fuzz.wire import CT, VERIFICATION, Wire
+from tests.hostile import encoded
 
 pytestmark = pytest.mark.network
 
@@ -78,10 +80,65 @@ def test_a_refused_request_is_counted_once(peer: Wire, message: bytes, status: i
 
 def test_a_stored_instance_is_counted_once(peer: Wire) -> None:
     (instance,) = ct_series(1)
-    sent = file_bytes(instance)
-    start = 144 + int.from_bytes(sent[140:144], "little")  # behind the file meta information
-    message = wire.store(sent[start:], instance.SOPInstanceUID)
+    message = wire.store(encoded(instance), instance.SOPInstanceUID)
     assert _asked(peer, message) == (0, {("scanner", "0x0000"): 1})
+
+
+# the same SOP Instance UID again
+
+UID = "1.2.3.4"
+
+
+def _sent(peer: Wire, series: str = "1.5", name: str = "A") -> int:
+    """The status of an instance with `UID`, in a series, told apart by a name."""
+    (instance,) = ct_series(1, 8, 8)
+    instance.SOPInstanceUID, instance.SeriesInstanceUID = UID, series
+    instance.SeriesDescription = name
+    return peer.status(wire.store(encoded(instance), UID))[1]
+
+
+def _lies(spool: Spool) -> dict[str, list[str]]:
+    """Which instances lie where."""
+    return {
+        what: sorted(path.parent.name for path in (spool.root / what).rglob("*.dcm"))
+        for what in ("received", "quarantine")
+    }
+
+
+def test_the_same_bytes_again_are_acknowledged_and_kept_once(peer: Wire, spool: Spool) -> None:
+    assert [_sent(peer), _sent(peer)] == [0, 0]
+    assert _lies(spool) == {"received": ["1.5"], "quarantine": []}
+
+
+@pytest.mark.parametrize("series", ["1.5", "1.6"], ids=["same series", "another series"])
+def test_other_bytes_are_refused_and_set_aside(peer: Wire, spool: Spool, series: str) -> None:
+    assert _sent(peer) == 0
+    before = spool.path("1.5", UID).read_bytes()
+    assert _sent(peer, series, "B") == 0x0111
+    assert _lies(spool) == {"received": ["1.5"], "quarantine": ["quarantine"]}
+    assert spool.path("1.5", UID).read_bytes() == before
+    assert not list(spool.incoming.iterdir())
+
+
+def test_a_file_that_was_lost_comes_back_with_the_same_bytes_only(peer: Wire, spool: Spool) -> None:
+    assert _sent(peer) == 0
+    spool.path("1.5", UID).unlink()
+    assert _sent(peer, "1.5", "B") == 0x0111
+    assert _lies(spool)["received"] == []
+    assert _sent(peer) == 0
+    assert _lies(spool)["received"] == ["1.5"]
+
+
+def test_a_file_that_the_journal_does_not_know_is_adopted_by_its_bytes(
+    peer: Wire, spool: Spool, tmp_path: Path
+) -> None:
+    assert _sent(peer) == 0
+    with sqlite3.connect(tmp_path / "journal.db") as journal:
+        journal.execute("DELETE FROM instances")
+    assert _sent(peer, "1.5", "B") == 0x0111
+    assert _sent(peer) == 0
+    with sqlite3.connect(tmp_path / "journal.db") as journal:
+        assert journal.execute("SELECT sop_instance_uid FROM instances").fetchall() == [(UID,)]
 
 
 def test_a_refusal_for_want_of_room_is_counted_before_anything_is_received(
