@@ -72,16 +72,17 @@ class Plain:
                 return None
             if not depth and tag > last:
                 return found
-            if length == UNDEFINED and depth < DEEPEST:
+            if not depth and tag in wanted:
+                keyword, usual = wanted[tag]
+                if keyword in found or vr not in (usual, b"") or at + length > len(head):
+                    return None
+                found[keyword] = _PLAIN[usual](head[at : at + length]) if length else None
+                at += length
+            elif length == UNDEFINED and depth < DEEPEST:
                 depth += 1
             elif tag in _ENDS:
                 depth -= 1
             else:
-                if not depth and tag in wanted:
-                    keyword, usual = wanted[tag]
-                    if keyword in found or vr not in (usual, b"") or at + length > len(head):
-                        return None
-                    found[keyword] = _PLAIN[usual](head[at : at + length]) if length else None
                 at += length
 
 

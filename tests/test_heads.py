@@ -195,6 +195,16 @@ def test_items_within_items_are_stepped_over(path: Path) -> None:
             assert _agrees(raw, ExplicitVRLittleEndian, len(raw), path)
 
 
+@pytest.mark.parametrize("vr", ["SQ", "IS", "UN"])
+def test_a_number_that_is_a_sequence_is_left_to_pydicom(vr: str) -> None:
+    length = (b"" if vr == "IS" else bytes(2)) + b"\xff" * (2 if vr == "IS" else 4)
+    raw = file_bytes(_empty()) + b"\x28\0\x08\0" + vr.encode() + length
+    raw += b"\xfe\xff\xdd\xe0" + bytes(4) + _element(0x7FE00010, "OW", bytes(16))
+    assert PLAIN.read(raw[_body(raw) :], ExplicitVRLittleEndian) is None
+    implicit = raw[: _body(raw)] + b"\x28\0\x08\0" + b"\xff" * 4 + bytes(60)
+    assert PLAIN.read(implicit[_body(raw) :], ImplicitVRLittleEndian) is None
+
+
 def test_real_images_are_read_alike(real_dicom: Path, path: Path) -> None:
     """One image of each folder; most of them need no second look."""
     folders: dict[Path, Path] = {}
