@@ -4,15 +4,16 @@
         [--device cpu] [--json FILE]
 
 Every figure is a median of single slices with its spread (10th to 90th percentile); on a GPU of
-batches, divided by their size. `ratio` is eager fp32 torch divided by it; `of peak` the arithmetic
-of the convolutions per second as a share of what a matrix product reaches in the same number format
-(int8: bf16) in the same run: the best of two sizes, by torch.mm and by a 1x1 convolution, which on
-a CPU are MKL and oneDNN. Weights are random: time does not depend on them, and accuracy is not
-measured here. `first` is the first slice, with conversion and compilation; `again` that of a second
-start, which finds the compiled form on disk. `MB` is how far the process grew, at its peak, from
-before the engine was made. `others` is what other processes used meanwhile, in cores: where it is
-not 0.0 the row is not to be trusted. int8 is every convolution but the first and the last one;
-`kernels` is what the convolutions were computed in.
+four batches one after the other, copies overlapped, divided by their slices. `ratio` is eager fp32
+torch divided by it; `of peak` the arithmetic of the convolutions per second as a share of what a
+matrix product reaches in the same number format (int8: bf16) in the same run: the best of two
+sizes, by torch.mm and by a 1x1 convolution, which on a CPU are MKL and oneDNN. Weights are random:
+time does not depend on them, and accuracy is not measured here. `first` is the first slice, with
+conversion and compilation; `again` that of a second start, which finds the compiled form on disk.
+`MB` is how far the process grew, at its peak, from before the engine was made; on a GPU what torch
+had of its memory. `others` is what other processes used meanwhile, in cores: where it is not 0.0 on
+a CPU, the row is not to be trusted. int8 is every convolution but the first and the last one;
+`kernels` is what the convolutions were computed in; on a GPU with + where they were captured.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from dicomnode.imaging.engines import (
     Engine,
     FormStore,
     OpenVinoEngine,
+    Starting,
     TorchEngine,
     cpu_features,
     installed,
@@ -65,7 +67,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "residual_denoiser 48": ("residual_denoiser", {"width": 48}),
 }
 LEAST_RUNS, MOST_RUNS = 3, 100
-PEAK_SIDES = (1024, 4096)
+PEAK_SIDES = {"cpu": (1024, 4096), "cuda": (4096, 8192)}
+BATCHES = {"cpu": 1, "cuda": 4}
+"""That go through an engine in one run."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Row:
     ratio: float
     of_peak: float
     peak_mb: float
-    """How far the process grew beyond what it was before the engine was made."""
+    """How far the process grew beyond what it was before the engine was made; see above."""
     others: float
     """Cores that other processes used while it was timed."""
     kernels: str
@@ -166,7 +170,7 @@ def peak(precision: str, device: str, seconds: float) -> float:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     return max(
         product(side, dtype, device, seconds / 4, as_convolution=as_convolution)
-        for side in PEAK_SIDES
+        for side in PEAK_SIDES[device.partition(":")[0]]
         for as_convolution in (False, True)
     )
 
@@ -205,13 +209,19 @@ def measure(
     eager = 0.0
     for make, precision in engines(generator, device):
         before = memory_mb()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             engine = make()
-            x = np.repeat(one, engine.batch(side, side), axis=0)
+            count = engine.batch(side, side) * BATCHES[device.partition(":")[0]]
+            x = np.repeat(np.repeat(one, generator.slices, axis=1), count, axis=0)
             began = time.perf_counter()
             engine.run(x)
             first = time.perf_counter() - began
             grown = memory_mb(peak=True) - before
+            if device != "cpu":
+                grown = torch.cuda.max_memory_reserved(device) / 2**20
             again = second_start(make, x, engine)
             idle = others()
             found = np.array(timed(functools.partial(engine.run, x), seconds)) / len(x)
@@ -223,13 +233,21 @@ def measure(
         eager = eager or median
         low, high = np.quantile(found, [0.1, 0.9])
         speed = gflop / median / peaks["bf16" if precision != "fp32" else "fp32"]
-        ran = "+".join(sorted(engine.kernels)) if isinstance(engine, OpenVinoEngine) else precision
+        ran = kernels(engine)
         yield Row(
             name, side, engine.name, precision, median, float(low), float(high), len(found),
             first, again, gflop, eager / median, speed, grown,
             max(0.0, beside / (float(found.sum()) * len(x))), ran,
         )  # fmt: skip
         del engine
+
+
+def kernels(engine: Engine) -> str:
+    """What the convolutions were computed in; on a GPU with + where it was a captured graph."""
+    if isinstance(engine, OpenVinoEngine):
+        return "+".join(sorted(engine.kernels))
+    captured = isinstance(engine, Starting) and any(": captured, " in r for r in engine.remarks)
+    return engine.precision + "+" * captured
 
 
 def memory_mb(*, peak: bool = False) -> float:
@@ -261,8 +279,10 @@ def others() -> float:
 def engines(generator: Generator, device: str) -> Iterator[tuple[Callable[[], Engine], str]]:
     """What can be measured here, eager fp32 torch first."""
     features = cpu_features()
-    yield (lambda: TorchEngine(generator, device, "fp32")), "fp32"
+    yield (lambda: TorchEngine(generator, device, "fp32", graphs=False)), "fp32"
     if device != "cpu":
+        yield (lambda: TorchEngine(generator, device, "fp32")), "fp32"
+        yield (lambda: TorchEngine(generator, device, "bf16", graphs=False)), "bf16"
         yield (lambda: TorchEngine(generator, device, "bf16")), "bf16"
         yield (lambda: TorchEngine(generator, device, "fp16")), "fp16"
         return

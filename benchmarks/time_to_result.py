@@ -1,6 +1,6 @@
 """From the last C-STORE response of a series to the last one of its derived series.
 
-    python -m benchmarks.time_to_result [--slices 133 400] [--pace 0 20] [--only-off]
+    python -m benchmarks.time_to_result [--slices 133 400] [--pace 0 20] [--ahead off on]
         [--models student-32 student-64 resnet_9 ldct-denoise]
 
 The node itself, DCMTK's storescu before it and storescp behind it, generated 512x512 CT. The time
@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("--slices", nargs="+", type=int, default=[133, 400])
     parser.add_argument("--models", nargs="+", default=[*NETWORKS, "ldct-denoise"])
     parser.add_argument("--pace", nargs="+", type=int, default=[0], help="slices/s; 0: no limit")
-    parser.add_argument("--only-off", action="store_true", help="never infer ahead")
+    parser.add_argument(
+        "--ahead", nargs="+", choices=("off", "on"), default=["off", "on"], help="infer ahead"
+    )
     options = parser.parse_args()
     print(machine(), "\n")
     names = ("model", "slices", "pace", "ahead", "total s", "translate s", "send s", "ms/slice")
@@ -83,8 +85,8 @@ def main() -> None:
                 files = series(slices, Path(work) / f"in{slices}")
                 alone = steps_alone(Path(work) / "models" / model, files[: min(slices, 12)])
                 for pace in options.pace:
-                    for ahead in (False,) if options.only_off else (False, True):
-                        row = measure(Path(work), model, files, pace, ahead)
+                    for ahead in options.ahead:
+                        row = measure(Path(work), model, files, pace, ahead == "on")
                         print_row(model, slices, pace, row, alone)
 
 
@@ -105,7 +107,12 @@ def package(name: str, models: Path) -> None:
     if name not in NETWORKS:
         (models / name).symlink_to(ROOT / "models" / name)
         return
-    architecture, options = NETWORKS[name]
+    random_package(models / name, *NETWORKS[name])
+
+
+def random_package(path: Path, architecture: str, options: dict[str, Any]) -> None:
+    """A package with random weights that takes CT of 512 x 512."""
+    name = path.name
     torch.manual_seed(0)
     generator = build_generator(architecture, options)
     spec = InputSpec(
@@ -134,7 +141,7 @@ def package(name: str, models: Path) -> None:
     )
     state = {key: 0.01 * value for key, value in generator.state_dict().items()}
     golden = np.random.default_rng(0).normal(40, 30, (1, 64, 64)).astype(np.float32)
-    write_package(models / name, manifest, state, golden, "# Random\n")
+    write_package(path, manifest, state, golden, "# Random\n")
 
 
 def series(slices: int, folder: Path) -> list[Path]:

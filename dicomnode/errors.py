@@ -14,6 +14,7 @@
     ├── PackageError           a model package is damaged or does not fit
     ├── Cancelled              an operator or a later generation wants a job no more
     ├── OutOfMemory            not even one slice of a series fits in memory
+    ├── DeviceLost             a GPU failed; only a new process can use it again
     ├── WorkerLost             a worker process died or did not answer
     ├── JournalError           a change of state that the life-cycle table does not have
     │   └── JournalBusy          the journal takes no change now: locked, or the disk is full
@@ -110,6 +111,10 @@ class Cancelled(DicomNodeError):
 
 class OutOfMemory(DicomNodeError):
     """Not even one slice fits in the memory there is now; the job may run again later."""
+
+
+class DeviceLost(DicomNodeError):
+    """A GPU failed, and does no more work for this process; a new process may have it again."""
 
 
 class WorkerLost(DicomNodeError):

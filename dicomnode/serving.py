@@ -24,6 +24,7 @@ class Serving:
         precision: number format of the convolutions.
         self_test: what it found, and what is allowed, in words.
         refused: why no faster engine or number format, a sentence each.
+        forms: how each size of batch is computed on a GPU, a sentence each.
     """
 
     engine: str
@@ -31,6 +32,7 @@ class Serving:
     device: str
     self_test: str
     refused: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
 
 def tell(data_dir: Path, serving: Mapping[str, Serving], failures: Mapping[str, str]) -> None:
@@ -63,5 +65,10 @@ def in_words(name: str, model: Mapping[str, Any]) -> str:
         return f"model {name}: not loaded: {why}"
     chosen = f"{model['engine']}, {model['precision']} on {model['device']}"
     return "; ".join(
-        [f"model {name}: {chosen}", f"self-test: {model['self_test']}", *model["refused"]]
+        [
+            f"model {name}: {chosen}",
+            f"self-test: {model['self_test']}",
+            *model["refused"],
+            *model.get("forms", ()),
+        ]
     )

@@ -100,7 +100,7 @@ class ModelShelf(Mapping[str, "Model"]):
 
 def _serving(model: "Model") -> Serving:
     chosen = (model.engine.name, model.precision, model.device)
-    return Serving(*chosen, model.self_test, model.refused)
+    return Serving(*chosen, model.self_test, model.refused, model.forms)
 
 
 def bytes_of(model: "Model") -> int:

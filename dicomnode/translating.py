@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dicomnode.deferred import with_pixels
-from dicomnode.errors import Cancelled, DicomNodeError, OutOfMemory, SeriesRefused
+from dicomnode.errors import Cancelled, DeviceLost, DicomNodeError, OutOfMemory, SeriesRefused
 from dicomnode.imaging.limits import check_one_patient
 from dicomnode.imaging.stacks import StackOfImages, slices_in, usable_stacks
 from dicomnode.orders import DerivedSeries, Order, Outcome, StackOutcome, Withdrawal
@@ -38,11 +38,14 @@ def translate(
     between: Callable[[], object] = lambda: None,
     known: "Known | None" = None,
 ) -> Outcome:
-    """Run one order and write what it makes durably; every way it can end is an `Outcome`.
+    """Run one order and write what it makes durably; every way it can end is an `Outcome`, but one.
 
     Args:
         between: called before each batch; it may do more urgent work, or raise `Cancelled`.
         known: results of slices that were made before.
+
+    Raises:
+        DeviceLost: this process can translate nothing more; the order can run again in another.
     """
     name = order.model
     try:
@@ -55,6 +58,8 @@ def translate(
         return Outcome(refusal=refusal.code, detail=f"{refusal.message}; {refusal.remedy}")
     except Cancelled:
         return Outcome(broken=Cancelled.__name__, detail="given up between two batches")
+    except DeviceLost:
+        raise  # the worker ends with it: a new one may have the device again
     except MemoryError:
         return Outcome(broken=OutOfMemory.__name__, detail="no memory left")
     except DicomNodeError as error:

@@ -19,11 +19,13 @@ from dicomnode.imaging.engines import (
     FormStore,
     OpenVinoEngine,
     Precision,
+    Starting,
     TorchEngine,
     WithinMemory,
     cpu_features,
     engines_for,
     installed,
+    is_out_of_memory,
     runs_well,
 )
 from dicomnode.imaging.gate import why_not_int8
@@ -31,8 +33,16 @@ from dicomnode.imaging.grid import Regrid, regrid_for
 from dicomnode.imaging.intensity import Intensity
 from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Manifest
-from dicomnode.imaging.networks import Generator, plan_generator, run_slices, run_tiled
+from dicomnode.imaging.networks import (
+    Generator,
+    is_tiled,
+    padded,
+    plan_generator,
+    run_slices,
+    run_tiled,
+)
 from dicomnode.imaging.package import ModelPackage, check_generator, read_golden, read_weights
+from dicomnode.imaging.pending import Pending, Ready
 from dicomnode.imaging.percentiles import Whole
 from dicomnode.imaging.volume import Volume
 
@@ -40,6 +50,7 @@ log = logging.getLogger(__name__)
 
 Voxels = NDArray[np.float32]
 Run = Callable[[Voxels], Voxels]
+Start = Callable[[Voxels], Pending[Voxels]]
 
 
 class Model:
@@ -70,7 +81,12 @@ class Model:
     def words(self) -> str:
         """Engine, number format and device, and why not faster: for logs and status."""
         chosen = f"{self.engine.name}, {self.precision} on {self.device}"
-        return "; ".join([chosen, *self.refused])
+        return "; ".join([chosen, *self.refused, *self.forms])
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """How the engine computes each size of batch it has met, where it has a choice."""
+        return self.engine.remarks if isinstance(self.engine, Starting) else ()
 
     def fall_back(self, error: EngineError) -> None:
         """From now on the reference runs it.
@@ -121,6 +137,7 @@ def load_model(
         try:
             model = Model(package, generator, device, choice.make(), tuple(refused))
             model.self_test = _self_test(model)
+            warm_up(model)
         except PackageError as error:
             if place == len(choices) - 1:
                 raise PackageError(f"{package.name}: {error}") from error
@@ -130,6 +147,23 @@ def load_model(
         log.info("%s %s: %s; self-test: %s", *_told(model))
         return model
     raise AssertionError("the reference is always a choice")
+
+
+def warm_up(model: Model) -> None:
+    """Let an engine that has a choice make it now for the one matrix a model takes, if it is one.
+
+    Otherwise the first series waits for that.
+    """
+    engine, spec = model.engine, model.package.manifest.input
+    matrix = spec.trained_matrix()
+    if isinstance(engine, Starting) and engine.ahead and matrix:
+        side, *_ = padded((matrix,), spec.padding.multiple)
+        noise = np.random.default_rng(0).uniform(-1, 1, (1, model.generator.slices, side, side))
+        try:
+            engine.run(noise.astype(np.float32))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 def _told(model: Model) -> tuple[str, ...]:
@@ -197,8 +231,22 @@ def tiled(run: Run, manifest: Manifest) -> Run:
     """`run` over the tiles of a slice, where the manifest has them."""
     if not manifest.tiling.allowed:
         return run
-    cut = (manifest.tiling.overlap, manifest.tiling.side, manifest.input.padding.multiple)
-    return functools.partial(run_tiled, run, cut)
+    return functools.partial(run_tiled, run, _cut(manifest))
+
+
+def started(fitting: WithinMemory, manifest: Manifest) -> Start:
+    """`tiled`, begun; the tiles of a slice are run at once."""
+
+    def start(x: Voxels) -> Pending[Voxels]:
+        if manifest.tiling.allowed and is_tiled(_cut(manifest), x.shape):
+            return Ready(run_tiled(fitting.run, _cut(manifest), x))
+        return fitting.start(x)
+
+    return start
+
+
+def _cut(manifest: Manifest) -> tuple[int, int, int]:
+    return manifest.tiling.overlap, manifest.tiling.side, manifest.input.padding.multiple
 
 
 def _run_on(engine: Engine, manifest: Manifest, scales: Scales, voxels: Voxels) -> Voxels:
@@ -210,7 +258,7 @@ def _run_on(engine: Engine, manifest: Manifest, scales: Scales, voxels: Voxels) 
         (manifest.input.slices, manifest.input.padding.multiple),
         residual=manifest.output.residual,
         padding=manifest.input.padding.mode,
-        batch=fitting.batch(*voxels.shape[1:]),
+        batch=fitting.batch(*padded(voxels.shape[1:], manifest.input.padding.multiple)),
         extra=manifest.input.extra,
     )
 

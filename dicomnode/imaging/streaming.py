@@ -10,14 +10,18 @@ import numpy as np
 from dicomnode.imaging.decoding import Decoding
 from dicomnode.imaging.engines import WithinMemory
 from dicomnode.imaging.grid import Regrid
-from dicomnode.imaging.inference import Model, Scales, checked_grid, tiled
+from dicomnode.imaging.inference import Model, Scales, checked_grid, started
 from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Manifest
-from dicomnode.imaging.networks import run_batch
+from dicomnode.imaging.networks import padded, start_batch
+from dicomnode.imaging.pending import Pending, Ready, Then, in_order
 from dicomnode.imaging.percentiles import Percentiles
 from dicomnode.imaging.planes import Plane, SourcePlanes
 
 log = logging.getLogger(__name__)
+
+Results = list[tuple[int, Plane]]
+"""Index and result of slices."""
 
 
 class Known(Protocol):
@@ -138,6 +142,13 @@ class Predicting:
     def _stream(
         self, scales: Scales, plane_of: Callable[[int], Plane]
     ) -> Iterator[tuple[int, Plane]]:
+        for results in in_order(self._begun(scales, plane_of), self._fitting.ahead):
+            yield from results
+
+    def _begun(
+        self, scales: Scales, plane_of: Callable[[int], Plane]
+    ) -> Iterator[Pending[Results]]:
+        """Batch by batch, and what was known before between them."""
         half, batch = self._manifest.input.slices // 2, list[int]()
         for index in range(self._count):
             self._stages.wait(min(index + half, self._count - 1))
@@ -146,23 +157,22 @@ class Predicting:
             known = self._take(index)
             if known is None:
                 batch.append(index)
-            if known is not None or len(batch) >= self._wanted(index):
-                yield from self._infer(batch, scales, plane_of)
+            if batch and (known is not None or len(batch) >= self._wanted(index)):
+                yield self._begin(batch, scales, plane_of)
                 batch = []
             if known is not None:
-                yield index, known
-        yield from self._infer(batch, scales, plane_of)
+                yield Ready([(index, known)])
+        if batch:
+            yield self._begin(batch, scales, plane_of)
 
     def _wanted(self, index: int) -> int:
         matrix = None if self._regrid is None else self._regrid.matrix
         size = self._decoding[index].stored.shape if matrix is None else (matrix, matrix)
-        return self._fitting.batch(*size)
+        return self._fitting.batch(*padded(size, self._manifest.input.padding.multiple))
 
-    def _infer(
+    def _begin(
         self, batch: Sequence[int], scales: Scales, plane_of: Callable[[int], Plane]
-    ) -> Iterator[tuple[int, Plane]]:
-        if not batch:
-            return
+    ) -> Pending[Results]:
         self._stages.between()
         windows = [self._window(index) for index in batch]
         needed = {index for window in windows for index in window}
@@ -170,8 +180,8 @@ class Predicting:
         self._recent = {i: plane_of(i) if p is None else p for i, p in planes.items()}
         stacked = np.stack([np.stack([self._recent[i] for i in window]) for window in windows])
         manifest = self._manifest
-        results = run_batch(
-            tiled(self._fitting.run, manifest),
+        begun = start_batch(
+            started(self._fitting, manifest),
             stacked,
             *scales,
             manifest.input.padding.multiple,
@@ -179,7 +189,7 @@ class Predicting:
             padding=manifest.input.padding.mode,
             extra=manifest.input.extra,
         )
-        yield from zip(batch, results, strict=True)
+        return Then(begun, lambda results: list(zip(batch, results, strict=True)))
 
     def _window(self, index: int) -> list[int]:
         """A slice between its neighbours; at an end the last slice stands in for those beyond."""
@@ -213,7 +223,7 @@ class Predicting:
         key, scales = self.key(index), fixed_scales(self._manifest)
         if key is None or scales is None:
             raise ValueError("the result depends on the whole volume")
-        ((_, plane),) = self._infer([index], scales, self._plane)
+        ((_, plane),) = self._begin([index], scales, self._plane).result()
         return key, plane
 
     def _take(self, index: int) -> Plane | None:

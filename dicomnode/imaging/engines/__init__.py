@@ -1,6 +1,6 @@
 """What computes a generator: PyTorch everywhere, OpenVINO where it is installed and faster."""
 
-from dicomnode.imaging.engines.base import Engine, EngineError, Precision
+from dicomnode.imaging.engines.base import Engine, EngineError, Precision, Starting
 from dicomnode.imaging.engines.hardware import cpu_features, engines_for, runs_well
 from dicomnode.imaging.engines.int8 import Limits, convolutions, in_int8
 from dicomnode.imaging.engines.memory import WithinMemory, is_out_of_memory
@@ -15,6 +15,7 @@ __all__ = [
     "Limits",
     "OpenVinoEngine",
     "Precision",
+    "Starting",
     "TorchEngine",
     "WithinMemory",
     "convolutions",

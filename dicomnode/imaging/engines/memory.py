@@ -1,17 +1,30 @@
 """Batches that fit: halved when memory runs out, on any device and in any engine."""
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from dicomnode.errors import OutOfMemory
-from dicomnode.imaging.engines.base import Engine, Voxels
+from dicomnode.imaging.engines.base import Engine, Starting, Voxels
+from dicomnode.imaging.pending import Pending, Ready
 
 log = logging.getLogger(__name__)
 
-_WORDS = ("not enough memory", "can't allocate memory", "bad_alloc", "bad allocation")
-"""How PyTorch's allocator for CPUs, and C++ itself, say that there is no memory left."""
+Done = TypeVar("Done")
+_WORDS = (
+    "not enough memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""How PyTorch's allocator for CPUs, C++ itself and CUDA's libraries say that there is no memory
+left, where PyTorch has no class of its own for it."""
 
 
 class WithinMemory:
@@ -31,6 +44,26 @@ class WithinMemory:
         wanted = self._engine.batch(rows, columns)
         return wanted if self._most is None else min(wanted, self._most)
 
+    @property
+    def ahead(self) -> int:
+        """How many batches to start beyond the one that is waited for."""
+        return self._engine.ahead if isinstance(self._engine, Starting) else 0
+
+    def start(self, x: Voxels) -> Pending[Voxels]:
+        """Begin `run`, if the engine computes beside this thread; a batch that does not fit is run
+        at once, in halves.
+
+        Raises:
+            OutOfMemory: not even one fits.
+        """
+        if not isinstance(self._engine, Starting) or len(x) > (self._most or len(x)):
+            return Ready(self.run(x))
+        begun = self._try(self._engine.start, x)
+        if begun is None:
+            self._halve(len(x))
+            return Ready(self.run(x))
+        return begun
+
     def run(self, x: Voxels) -> Voxels:
         """See `Engine.run`.
 
@@ -40,20 +73,23 @@ class WithinMemory:
         done: list[Voxels] = []
         while (start := sum(map(len, done))) < len(x):
             size = min(self._most or len(x), len(x) - start)
-            result = self._try(x[start : start + size])
+            result = self._try(self._engine.run, x[start : start + size])
             if result is None:
-                self.halved, self._most = self.halved + 1, (size + 1) // 2
-                log.warning("out of memory: a batch of %d is now of %d", size, self._most)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self._halve(size)
             else:
                 done.append(result)
         return done[0] if len(done) == 1 else np.concatenate(done)
 
-    def _try(self, x: Voxels) -> Voxels | None:
+    def _halve(self, size: int) -> None:
+        self.halved, self._most = self.halved + 1, (size + 1) // 2
+        log.warning("out of memory: a batch of %d is now of %d", size, self._most)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _try(self, work: Callable[[Voxels], Done], x: Voxels) -> Done | None:
         """None: it does not fit. Nothing is kept of the failure, whose traceback holds memory."""
         try:
-            return self._engine.run(x)
+            return work(x)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -3,11 +3,13 @@
 from dicomnode.imaging.networks.apply import (
     PADDING_MODES,
     Scale,
+    is_tiled,
     pad_to_multiple,
-    run_batch,
+    padded,
     run_generator,
     run_slices,
     run_tiled,
+    start_batch,
 )
 from dicomnode.imaging.networks.base import Classifier, Generator
 from dicomnode.imaging.networks.classifiers import (
@@ -36,14 +38,16 @@ __all__ = [
     "build_classifier",
     "build_generator",
     "count_weights",
+    "is_tiled",
     "load_upstream",
     "pad_to_multiple",
+    "padded",
     "plan_classifier",
     "plan_generator",
     "probabilities_of",
     "read_pth",
-    "run_batch",
     "run_generator",
     "run_slices",
     "run_tiled",
+    "start_batch",
 ]

@@ -1,5 +1,6 @@
 """How a generator is applied to the slices of a volume: neighbours, padding, scale and back."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from dicomnode.errors import PackageError
 from dicomnode.imaging.equalise import Equalisation, with_equalised
 from dicomnode.imaging.networks.base import Generator
+from dicomnode.imaging.pending import Pending, Ready, Then
 
 PADDING_MODES = ("reflect", "replicate", "air")
 """How a slice is brought to a multiple; `air`: with the lowest value that a network sees, -1."""
@@ -17,6 +19,8 @@ PADDING_MODES = ("reflect", "replicate", "air")
 Voxels = NDArray[np.float32]
 Run = Callable[[Voxels], Voxels]
 """(batch, slices, rows, columns), float32, network scale -> (batch, 1, rows, columns)."""
+Start = Callable[[Voxels], Pending[Voxels]]
+"""The same, begun; the result is waited for later."""
 
 
 class Scale(Protocol):
@@ -85,17 +89,22 @@ def run_slices(
     around = np.arange(-(slices // 2), slices - slices // 2)
     scales = (source_scale, result_scale)
     result = np.empty_like(voxels)
+
+    def now(x: Voxels) -> Pending[Voxels]:
+        return Ready(run(x))
+
     for start in range(0, count, batch):
         index = np.arange(start, min(start + batch, count))
         window = voxels[np.clip(index[:, None] + around, 0, count - 1)]
-        result[index] = run_batch(
-            run, window, *scales, grid[1], residual=residual, padding=padding, extra=extra
+        begun = start_batch(
+            now, window, *scales, grid[1], residual=residual, padding=padding, extra=extra
         )
+        result[index] = begun.result()
     return result
 
 
-def run_batch(
-    run: Run,
+def start_batch(
+    start: Start,
     window: Voxels,
     source_scale: Scale,
     result_scale: Scale,
@@ -104,8 +113,8 @@ def run_batch(
     residual: bool,
     padding: str = "reflect",
     extra: Equalisation | None = None,
-) -> Voxels:
-    """Apply `run` once.
+) -> Pending[Voxels]:
+    """Begin one batch; what comes after the network is done when the result is asked for.
 
     (batch, slices, rows, columns), float32, physical unit: each slice between its neighbours ->
     (batch, rows, columns), float32, physical unit. `multiple` of rows and columns; the rest as of
@@ -114,18 +123,34 @@ def run_batch(
     Raises:
         PackageError: the slices are too small to be padded as the model was trained.
     """
-    rows, columns = window.shape[2:]
     x = source_scale.to_network(window)
     x = pad_to_multiple(with_equalised(x, extra) if extra else x, multiple, padding)
-    y = run(np.ascontiguousarray(x, np.float32))
-    if y.shape != (len(window), 1, *x.shape[2:]):
-        raise PackageError(f"the generator made {y.shape} of {x.shape}: one result per slice")
-    change = y[:, 0, :rows, :columns]
-    if not residual:
-        return result_scale.from_network(change)
-    unit = np.float32(result_scale.unit_per_network)
-    middle: Voxels = window[:, window.shape[1] // 2]
-    return middle + change * unit
+    middle = window[:, window.shape[1] // 2] if residual else None
+    shape = (*window.shape[:1], *window.shape[2:])
+    finish = functools.partial(_finished, x.shape, shape, result_scale, middle)
+    return Then(start(np.ascontiguousarray(x, np.float32)), finish)
+
+
+def _finished(
+    given: tuple[int, ...],
+    shape: tuple[int, ...],
+    scale: Scale,
+    middle: Voxels | None,
+    y: Voxels,
+) -> Voxels:
+    """What the network made of `given` in the physical unit, without padding, added to `middle`."""
+    if y.shape != (given[0], 1, *given[2:]):
+        raise PackageError(f"the generator made {y.shape} of {given}: one result per slice")
+    change = y[:, 0, : shape[1], : shape[2]]
+    if middle is None:
+        return scale.from_network(change)
+    result: Voxels = middle + change * np.float32(scale.unit_per_network)
+    return result
+
+
+def padded(shape: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    """The sides that `pad_to_multiple` makes of these."""
+    return tuple(side + -side % multiple for side in shape)
 
 
 def pad_to_multiple(x: Voxels, multiple: int, mode: str) -> Voxels:
@@ -134,7 +159,8 @@ def pad_to_multiple(x: Voxels, multiple: int, mode: str) -> Voxels:
     Raises:
         PackageError: there is less to reflect than is missing: no such slice was trained on.
     """
-    below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    rows, columns = padded(x.shape[-2:], multiple)
+    below, right = rows - x.shape[-2], columns - x.shape[-1]
     if not (below or right):
         return x
     if mode == "reflect" and (below >= x.shape[-2] or right >= x.shape[-1]):
@@ -161,11 +187,9 @@ def run_tiled(run: Run, cut: tuple[int, int, int], x: Voxels) -> Voxels:
         cut: overlap of neighbouring tiles, largest side of a tile, and the multiple; in pixels.
         x: (batch, slices, rows, columns), float32; rows and columns are multiples.
     """
-    overlap, side, multiple = cut
-    side -= side % multiple
-    halo = -(-overlap // (2 * multiple)) * multiple
-    if max(x.shape[2:]) <= side or side <= 2 * halo:
+    if not is_tiled(cut, x.shape):
         return run(x)
+    side, halo = _side_and_halo(cut)
     result: Voxels = np.empty((len(x), 1, *x.shape[2:]), np.float32)
     for top, row in _tiles(x.shape[2], side, halo):
         for left, column in _tiles(x.shape[3], side, halo):
@@ -174,6 +198,17 @@ def run_tiled(run: Run, cut: tuple[int, int, int], x: Voxels) -> Voxels:
                 :, :, row.start - top : row.stop - top, column.start - left : column.stop - left
             ]
     return result
+
+
+def is_tiled(cut: tuple[int, int, int], shape: tuple[int, ...]) -> bool:
+    """Whether `run_tiled` cuts an array of this shape."""
+    side, halo = _side_and_halo(cut)
+    return max(shape[2:]) > side > 2 * halo
+
+
+def _side_and_halo(cut: tuple[int, int, int]) -> tuple[int, int]:
+    overlap, side, multiple = cut
+    return side - side % multiple, -(-overlap // (2 * multiple)) * multiple
 
 
 def _tiles(length: int, side: int, halo: int) -> list[tuple[int, slice]]:
