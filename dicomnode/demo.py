@@ -214,6 +214,7 @@ def _derived_config(
     if package is not None:
         route = config["routes"][0]
         route |= {
+            "name": package.path.name,
             "model": package.path.name,
             "match": {"Modality": package.manifest.input.modality},
         }

@@ -102,6 +102,20 @@ def test_a_series_that_no_route_takes_ends_with_the_reason(config: Path, tmp_pat
     assert not _is_running(_node_pid(config.parent / "out"))
 
 
+def test_a_model_that_was_asked_for_runs_on_a_route_of_its_own_name(
+    config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, dataset in enumerate(ct_series(3)):
+        dataset.Modality = "MR"
+        dataset.save_as(folder / f"{number}", enforce_file_format=True)
+    demo = _start(config, "--dicom", str(folder), "--model", "identity")
+    printed, _ = demo.communicate(timeout=120)
+    assert "route 'identity'" in printed
+    assert "low-dose chest CT" not in printed
+
+
 def test_a_folder_without_dicom_is_an_error_in_plain_words(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     demo = _start(config, "--dicom", str(tmp_path / "empty"))
