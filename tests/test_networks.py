@@ -229,6 +229,18 @@ ALL = [
 """Every architecture, small."""
 
 
+def test_a_denoiser_of_three_slices_adds_to_the_middle_one() -> None:
+    generator = build_generator("residual_denoiser", {"width": 4, "blocks": 1, "slices": 3})
+    assert generator.slices == 3
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        generator.last.weight.normal_()  # type: ignore[union-attr,operator]
+        made = generator(x)
+        assert made.shape == (1, 1, 16, 16)
+        x[:, 0] += 0.1
+        assert not torch.equal(generator(x), made)
+
+
 def test_every_architecture_is_tested() -> None:
     assert {name for name, _ in ALL} == set(GENERATORS)
 

@@ -9,17 +9,20 @@ import torch
 from scipy import ndimage
 
 from dicomnode.errors import ConfigError, PackageError
+from dicomnode.imaging.inference import load_model
+from dicomnode.imaging.manifest import GeneratorSpec
 from dicomnode.imaging.networks import build_generator
 from dicomnode.imaging.package import read_package
 from tests.test_training import config, patients, slice_hu, write_config  # noqa: F401
 from training import prove, train
-from training.config import Folder, TrainConfig, window_of
+from training.config import Folder, TrainConfig, load_config, window_of
 from training.data import Sample, draw_batch
 from training.doses import Details, LowDose
 from training.errors import TrainingError
 from training.losses import texture
 from training.proofs.denoising import Held, figures, lines, scanned_pair
 from training.recipes.build import begin_with, build_recipe
+from training.strength import at_strength, spec_at
 
 
 def noise(seed: int, deviation: float = 10.0, smooth: float = 1.0) -> torch.Tensor:
@@ -162,3 +165,54 @@ def test_a_denoiser_is_trained_for_texture_and_proven_beside_another(
     printed = capsys.readouterr().out
     assert "0.25 of the dose" in printed
     assert "| figure | input | debug 0.1.0 | second 0.1.0 | second minus first" in printed
+
+
+def test_a_denoiser_turned_down_gives_that_share_of_its_difference() -> None:
+    spec = GeneratorSpec("residual_denoiser", {"width": 8, "blocks": 1})
+    whole = build_generator(spec.architecture, spec.options)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    x = torch.from_numpy(np.random.default_rng(0).normal(-0.5, 0.02, (1, 1, 32, 32))).float()
+    with torch.no_grad():
+        full, part = whole(x), at_strength(spec, whole, 0.75)(x)
+        assert torch.equal(at_strength(spec, whole, 1.0)(x), full)
+    assert full.abs().max() > 0
+    torch.testing.assert_close(part, 0.75 * full)
+    assert spec_at(spec_at(spec, 0.75), 1.0) == spec
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.1, -0.5])
+def test_a_strength_out_of_range_is_refused(strength: float) -> None:
+    with pytest.raises(PackageError, match="strength"):
+        build_generator("residual_denoiser", {"width": 8, "blocks": 1, "strength": strength})
+
+
+def test_a_strength_where_there_is_none_stops_the_run(patients: Path, tmp_path: Path) -> None:  # noqa: F811
+    path = write_config(patients, tmp_path)
+    for wrong in (["strength=0"], ["strength=0.5", "generator={architecture: red_cnn}"]):
+        with pytest.raises(ConfigError, match="strength"):
+            load_config(path, wrong)
+
+
+def test_a_package_is_turned_down_without_training_anew(
+    patients: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_config(patients, tmp_path)
+    train.main([str(path)])
+    again = [f"package={tmp_path / 'half'}", "strength=0.5"]
+    train.main([str(path), *again])
+    whole, half = (load_model(read_package(tmp_path / name)) for name in ("package", "half"))
+    assert half.package.manifest.generator.options["strength"] == 0.5
+    assert "strength" not in whole.package.manifest.generator.options
+    ours, theirs = half.generator.state_dict(), whole.generator.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    capsys.readouterr()
+    prove.main([str(path), "strengths=0.5", f"against={tmp_path / 'half'}"])
+    printed = capsys.readouterr().out
+    assert "| figure | input | debug 0.1.0 | strength 0.5 |" in printed
+    psnr = next(line for line in printed.splitlines() if line.startswith("| PSNR")).split(" | ")
+    assert psnr[2] == psnr[3]
+    with pytest.raises(ConfigError, match="strengths"):
+        prove.main([str(path), "strengths=all"])

@@ -13,7 +13,7 @@ from dicomnode.imaging.intensity import Equalised, Intensity, Window
 from dicomnode.imaging.manifest import Bounds, GeneratorSpec, read_as
 from dicomnode.imaging.percentiles import Percentiles
 from dicomnode.imaging.units import MODALITY, Unit
-from training.augment import Emphasis
+from training.augment import Emphasis, Vary
 from training.doses import Details, LowDose
 from training.overrides import read_settings
 from training.recipes.adversarial import Adversarial
@@ -104,6 +104,10 @@ class Images:
     jitter: float = 0.0
     """Contrast and brightness of the source are changed at random by up to this, in [-1, 1]; only
     where its values have no unit (AU)."""
+    vary: Vary | None = None
+    """Size of patches and values of the source, changed at random; values as with `jitter`."""
+    without: tuple[str, ...] = ()
+    """Patients (hashed, as in the split) whose images are not even read."""
     validation_fraction: float = 0.15
     test_fraction: float = 0.2
 
@@ -225,6 +229,9 @@ class TrainConfig:
     """What the package of a classifier says; required with the recipe `classifier`."""
     backward: Backward | None = None
     """Where the second package of a cycle goes; None: it is not written."""
+    strength: float = 1.0
+    """Share of the difference it was trained to predict that the package gives; the rest of the
+    source's noise stays. Of `low_dose` data with the generator residual_denoiser."""
     window: tuple[float, ...] = (-1024.0, 3071.0)
     """HU mapped to [-1, 1]."""
     save_every: int = 500
@@ -272,10 +279,10 @@ def _leave_out(shaping: dict[str, Any], config: TrainConfig) -> None:
         del shaping["optimisation"]["texture_weight"]
 
 
-_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter", "emphasis")
+_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter", "emphasis", "vary", "without")
 _NOT_SHAPING = (
     *("package", "card", "runs", "stop_at", "threads", "save_every", "version"),
-    *("publish", "classifier", "backward", "log_every", "stopping", "device"),
+    *("publish", "classifier", "backward", "log_every", "stopping", "device", "strength"),
 )
 
 
@@ -301,6 +308,8 @@ TWO_WAYS = ("cyclegan", "sccyclegan", "gan_circle")
 
 def _problem(config: TrainConfig) -> str | None:
     """The first thing that does not fit together, after its key; None: all does."""
+    if config.strength != 1.0 and not has_strength(config):
+        return "strength: only of low_dose data with the generator residual_denoiser"
     if len(config.window) != 2:
         return "window: want two values, low and high"
     if min(config.save_every, config.log_every, config.optimisation.steps) < 1:
@@ -329,8 +338,10 @@ def _problem(config: TrainConfig) -> str | None:
         return f"data.equalised: {config.recipe} goes both ways; use intensity: equalised"
     if config.residual and isinstance(config.data.target.intensity, Equalised):
         return "residual: nothing can be added to an equalised image"
-    if config.data.jitter and config.data.source.unit != "AU":
-        return f"data.jitter: {config.data.source.unit} mean something; they are not to be changed"
+    vary = config.data.vary or Vary()
+    if config.data.source.unit != "AU" and (config.data.jitter or vary.curve or vary.shade):
+        name = "jitter" if config.data.jitter else "vary"
+        return f"data.{name}: {config.data.source.unit} mean something; they are not to be changed"
     if config.residual and config.data.source.unit != config.data.target.unit:
         return "residual: source and target have different units"
     for name, side in (("source", config.data.source), ("target", config.data.target)):
@@ -355,6 +366,8 @@ def _problem_of_low_dose(config: TrainConfig) -> str | None:
         return "recipe: classifier needs data.kind: classes"
     if config.backward is not None:
         return "backward: low_dose data give the package of one way"
+    if not 0.0 < config.strength <= 1.0:
+        return "strength: above 0, at most 1"
     return None
 
 
@@ -370,6 +383,11 @@ def _problem_of_classes(config: TrainConfig, data: Classes) -> str | None:
     if len({one.name for one in data.classes}) < len(data.classes):
         return "data.classes: two have the same name"
     return None
+
+
+def has_strength(config: TrainConfig) -> bool:
+    """Whether the generator can give less than the whole difference."""
+    return isinstance(config.data, Data) and config.generator.architecture == "residual_denoiser"
 
 
 def window_of(config: TrainConfig) -> Window:

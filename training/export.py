@@ -31,6 +31,7 @@ from training.data import Sample
 from training.figures import Figures
 from training.metrics import INSERTS, TISSUES
 from training.split import PARTS, Split
+from training.strength import spec_at
 
 
 def export_package(
@@ -42,6 +43,9 @@ def export_package(
     steps: int,
 ) -> ModelPackage:
     """Write the package of `config` after so many steps; `figures` are of the test patients.
+
+    Args:
+        generator: at the strength that the config asks for.
 
     Raises:
         ConfigError: the template of the card cannot be read, or names an unknown figure.
@@ -71,7 +75,7 @@ def describe(
         name=config.name,
         version=config.version,
         task="denoise",
-        generator=config.generator,
+        generator=spec_at(config.generator, config.strength),
         input=InputSpec(
             modality="CT",
             unit="HU",

@@ -140,7 +140,7 @@ def in_turns(engines: Sequence[Engine], side: int) -> list[float]:
 def plot(points: Sequence[Point], machine: str) -> str:
     """The points as SVG: seconds per slice to the right (log), gain upwards."""
     across = _scale([np.log10(point.seconds) for point in points], EDGE, WIDTH - 180)
-    up = _scale([point.gain_db for point in points], HEIGHT - EDGE, 30)
+    up = _scale([point.gain_db for point in points], HEIGHT - EDGE - 20, 30)
     colour = {"fp32": "#1b4965", "bf16": "#ca6702", "int8": "#9b2226"}
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
@@ -162,8 +162,10 @@ def plot(points: Sequence[Point], machine: str) -> str:
             f'<text x="{x - 5:.1f}" y="{below:.1f}" fill="{colour[point.precision]}">'
             f"{point.package} {point.precision}</text>",
         ]
-    for value in sorted({round(point.gain_db * 2) / 2 for point in points}):
-        lines.append(f'<text x="{EDGE - 48}" y="{up(value) + 4:.1f}">{value:.1f}</text>')
+    gain = [point.gain_db for point in points]
+    for value in np.arange(np.floor(2 * min(gain)) / 2, max(gain) + 0.5, 0.5):
+        if 20 <= up(value) <= HEIGHT - EDGE + 20:
+            lines.append(f'<text x="{EDGE - 48}" y="{up(value) + 4:.1f}">{value:.1f}</text>')
     for second in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0):
         x = across(float(np.log10(second)))
         if EDGE - 20 <= x <= WIDTH - 40:

@@ -20,6 +20,7 @@ from training.figures import denoiser, evaluate_samples
 from training.publish import export_translation
 from training.recipes import Batch
 from training.split import PARTS, Split, split_patients
+from training.strength import at_strength
 from training.translation import Translator, evaluate_planes, fixed, translator
 
 PICTURES, PICTURE_DOSE = 3, 0.25
@@ -123,11 +124,11 @@ class LowDoseSlices:
         return self._digest
 
     def export(self, networks: Mapping[str, Generator], steps: int) -> list[ModelPackage]:
-        network = denoiser(networks["forward"], window_of(self._config))
+        config = self._config
+        generator = at_strength(config.generator, networks["forward"], config.strength)
+        network = denoiser(generator, window_of(config))
         figures = evaluate_samples(network, self._parts["test"])
-        package = export_package(
-            self._config, networks["forward"], self._samples, self._split, figures, steps
-        )
+        package = export_package(config, generator, self._samples, self._split, figures, steps)
         return [package]
 
 
@@ -138,7 +139,8 @@ class ImagePairs:
         self._config, self._data = config, data
         self._found = pairs.find_images(data)
         self._split = _split(config, self._found.patients, set())
-        if empty := [part for part in PARTS if not self._planes(part)]:
+        needed = [part for part in PARTS if part != "validation" or config.stopping is not None]
+        if empty := [part for part in needed if not self._planes(part)]:
             raise TrainingError(f"{data.split}: no slice is in {', '.join(empty)}; see the split")
         self.epoch_steps = _steps(len(self._planes("train")), config)
         planes = (*self._found.sources, *self._found.targets)
@@ -158,6 +160,8 @@ class ImagePairs:
         )
 
     def figures(self, networks: Mapping[str, Generator], part: str) -> dict[str, float]:
+        if not self._planes(part):
+            return {}  # nobody validates: nothing is chosen
         network = translator(networks["forward"], self._config, self._data)
         return evaluate_planes(network, self._found, self._split[part], self._data).means()
 

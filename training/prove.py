@@ -10,9 +10,11 @@ who did not train. Which figures depends on the task of the package: see trainin
 
     python training/prove.py training/configs/ldct-denoise.yaml against=models/ldct-denoise@1.0.0
     python training/prove.py training/configs/ldct-denoise.yaml pair=FOLDER
+    python training/prove.py training/configs/ldct-denoise.yaml part=validation strengths=1,0.9,0.8
 
 A denoiser at three doses beside its input and another version; `pair` is a scanned slice of quarter
-and full dose (training/proofs/denoising.py), judged after the patients.
+and full dose (training/proofs/denoising.py), judged after the patients. `strengths` are tried in
+the place of the package's own.
 """
 
 import sys
@@ -28,11 +30,12 @@ from dicomnode.imaging.package import read_package
 from dicomnode.imaging.percentiles import Percentiles
 from training.config import Data, Images, TrainConfig, load_config
 from training.data import load_samples, patient_hash
-from training.figures import denoiser
+from training.figures import Denoiser, denoiser
 from training.pairs import find_images, patient_of
 from training.proofs import contrast, delayed_pet, denoising, mr_ct
 from training.proofs.case import Case
 from training.split import PARTS, read_split
+from training.strength import at_strength
 from training.translation import translator
 
 PLAIN_ROOT = Path("../shared/data")
@@ -48,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv:
         raise ConfigError("usage: python training/prove.py CONFIG [part=PART] [package=FOLDER]")
     options = {"part": "test", "package": "", "plain": "", "against": "", "pair": ""}
+    options["strengths"] = ""
     own = [word for word in argv[1:] if word.partition("=")[0] in options]
     config = load_config(Path(argv[0]), [word for word in argv[1:] if word not in own])
     options |= dict(word.split("=", 1) for word in own)
@@ -84,24 +88,10 @@ def main(argv: Sequence[str]) -> None:
 def prove_denoiser(config: TrainConfig, data: Data, options: Mapping[str, str]) -> None:
     """A table per dose, and one of the scanned pair."""
     torch.set_num_threads(config.threads)
-    folders = [options["against"], options["package"] or config.package]
-    models = [
-        load_model(read_package(Path(one)), device="cpu", precision="fp32")
-        for one in folders
-        if one
-    ]
-    methods = {}
-    for model in models:
-        package, scale = model.package, model.package.manifest.input.intensity
-        if isinstance(scale, Percentiles):
-            raise ConfigError(
-                "package: percentiles are of a whole volume; this judges slices in HU"
-            )
-        name = f"{package.name} {package.version}"
-        methods[name if name not in methods else f"{name}, the second"] = denoiser(
-            model.generator, scale
-        )
-        print(f"{name}, digest {package.digest}")
+    methods: dict[str, Denoiser] = {}
+    if options["against"]:
+        methods |= _methods(options["against"], "", methods)
+    methods |= _methods(options["package"] or config.package, options["strengths"], methods)
     samples, _ = load_samples(data, config.low_dose, config.seed, config.out / "cache")
     patients = read_split(Path(data.split))[options["part"]]
     mine = [sample for sample in samples if sample.patient in patients]
@@ -115,6 +105,34 @@ def prove_denoiser(config: TrainConfig, data: Data, options: Mapping[str, str]) 
     if options["pair"]:
         pair = denoising.scanned_pair(Path(options["pair"]))
         print("\nscanned pair, quarter dose\n", *denoising.lines(pair, methods), sep="\n")
+
+
+def _methods(folder: str, strengths: str, others: Mapping[str, Denoiser]) -> dict[str, Denoiser]:
+    """A package as a function of a slice, by its name; of each of `strengths` if there are any.
+
+    Raises:
+        ConfigError: a strength is not a number, or slices alone do not tell the package's scale.
+        PackageError: the generator has no strength, or not that one.
+    """
+    package = read_package(Path(folder))
+    model = load_model(package, device="cpu", precision="fp32")
+    scale = package.manifest.input.intensity
+    if isinstance(scale, Percentiles):
+        raise ConfigError("package: percentiles are of a whole volume; this judges slices in HU")
+    name = f"{package.name} {package.version}"
+    print(f"{name}, digest {package.digest}")
+    if not strengths:
+        name = f"{name}, the second" if name in others else name
+        return {name: denoiser(model.generator, scale)}
+    try:
+        shares = [float(word) for word in strengths.split(",")]
+    except ValueError:
+        raise ConfigError("strengths: want numbers, with commas between them") from None
+    spec = package.manifest.generator
+    return {
+        f"strength {share:g}": denoiser(at_strength(spec, model.generator, share), scale)
+        for share in shares
+    }
 
 
 def _not_trained(files: Sequence[Path], case: Case) -> list[Path]:

@@ -19,8 +19,8 @@ class ResidualDenoiser(Generator):
     zero: an untrained network changes nothing. Under autocast the first and last convolutions and
     the sums between the blocks stay float32: a bf16 input would be rounded to steps of 8 HU.
 
-    (batch, 1, rows, columns), float32, in [-1, 1] -> the same shape: the difference to add, in
-    the same scale.
+    (batch, slices, rows, columns), float32, in [-1, 1] -> (batch, 1, rows, columns): the
+    difference to add to the middle slice, in the same scale.
     """
 
     def __init__(
@@ -31,18 +31,26 @@ class ResidualDenoiser(Generator):
         centre: float = -0.5,
         gain: float = 20.0,
         coarse: int = 0,
+        strength: float = 1.0,
+        slices: int = 1,
     ) -> None:
         """`centre` and `gain` bring soft tissue near zero and its noise near one, inside only.
 
         `coarse`: blocks of a side path between the halves of the others, at a quarter of their
         resolution: noise that is coarser than a tile of pixels is told from tissue farther around.
         It starts at zero as well. Without it the network is as it was before there was one.
+        `strength`: share of the difference that is given. What is predicted is a mean, smoother
+        than any scan; a rest of the source's own noise brings its grain back.
         """
         super().__init__()
         check(1 <= width <= 1024 and 0 <= blocks <= 64 and 1 <= shuffle <= 16, "out of range")
         check(0 <= coarse <= 64, "coarse: from 0 to 64")
+        check(0.0 < strength <= 1.0, "strength: above 0, at most 1")
+        check(1 <= slices <= 31 and slices % 2 == 1, "slices: odd, from 1 to 31")
+        self.slices = slices
         self.centre = centre
         self.gain = gain
+        self.strength = strength
         self.shuffle = self.multiple = shuffle
         self.tiles_exactly = True
         self.receptive_field = 2 * (shuffle * (3 + 2 * blocks) - 1) + 1
@@ -51,7 +59,7 @@ class ResidualDenoiser(Generator):
             self.multiple = shuffle * COARSER
             self.receptive_field += 2 * self.multiple * (2 * coarse + 1)
             self.coarse = nn.Sequential(*(_Block(width) for _ in range(coarse)), _silent(width))
-        self.first = nn.Conv2d(shuffle**2, width, 3, padding=1)
+        self.first = nn.Conv2d(slices * shuffle**2, width, 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
         self.last = nn.Conv2d(width, shuffle**2, 3, padding=1)
         nn.init.zeros_(self.last.weight)
@@ -61,7 +69,7 @@ class ResidualDenoiser(Generator):
         scaled = (x.float() - self.centre) * self.gain
         features = in_float32(self.first, F.pixel_unshuffle(scaled, self.shuffle))
         change = in_float32(self.last, self._between(features))
-        return F.pixel_shuffle(change, self.shuffle) / self.gain
+        return F.pixel_shuffle(change, self.shuffle) / (self.gain / self.strength)
 
     def _between(self, features: Tensor) -> Tensor:
         """All blocks, (batch, width, rows, columns) -> the same shape."""
