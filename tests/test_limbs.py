@@ -16,7 +16,7 @@ from training.augment import Emphasis
 from training.config import Images, load_config
 from training.errors import TrainingError
 from training.images import read_image, voxels_of
-from training.pairs import draw_batch, find_images
+from training.pairs import draw_batch, find_images, patient_of
 from training.proofs import mr_ct
 from training.proofs.case import Case
 from training.split import read_split
@@ -117,7 +117,13 @@ def test_a_batch_weighs_bone_more_and_what_is_not_sure_not_at_all(tmp_path: Path
     limbs_below(tmp_path / "pairs", 3)
     config = load_config(
         settings_of(tmp_path),
-        ["data.rotate_degrees=0", "data.mirror=false", "data.body_above=-950"],
+        [
+            "data.rotate_degrees=0",
+            "data.vary=null",
+            "data.mirror=false",
+            "data.body_above=-950",
+            "data.emphasis.weight=2",
+        ],
     )
     assert isinstance(config.data, Images)
     found = find_images(config.data)
@@ -175,7 +181,25 @@ def test_every_patient_is_left_out_once_and_never_trained_on(
     splits = [read_split(path) for path in sorted((tmp_path / "runs").glob("*.split.yaml"))]
     held = [split["test"] for split in splits]
     assert len(splits) == len(set(held)) == 3
-    assert all(len(split["train"]) == len(split["validation"]) == 1 for split in splits)
+    assert [(len(split["train"]), len(split["validation"])) for split in splits] == [(2, 0)] * 3
+
+
+def test_leaving_out_spares_the_test_patients_and_one_validates_where_the_run_stops_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limbs_below(tmp_path / "pairs", 4)
+    path = settings_of(tmp_path)
+    names = [patient_of(f"{number:016x}/", "^([0-9a-f]+)/") for number in range(4)]
+    split = {"train": names[:2], "validation": names[2:3], "test": names[3:]}
+    (tmp_path / "split.yaml").write_text(yaml.safe_dump(split))
+    (tmp_path / "pairs" / f"{3:016x}" / "mr.nii.gz").write_bytes(b"not read")
+    stopping = "stopping={figure: mae, patience: 1}"
+    leave_out.main([str(path), "spare=test", f"data.split={tmp_path / 'split.yaml'}", stopping])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(said) == 2 + 3 + 1
+    splits = [read_split(path) for path in sorted((tmp_path / "runs").glob("*.split.yaml"))]
+    assert {split["test"][0] for split in splits} == set(names[:3])
+    assert [(len(split["train"]), len(split["validation"])) for split in splits] == [(1, 1)] * 3
 
 
 def test_the_proof_knows_a_perfect_result_and_that_intensity_tells_no_bone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import Dataset
@@ -25,7 +26,7 @@ from training.errors import TrainingError
 from training.images import read_image, voxels_of
 from training.leaks import alike_slices, names_of_one_patient
 from training.material import ImagePairs
-from training.pairs import Found, draw_batch, find_images
+from training.pairs import Found, draw_batch, find_images, patient_of
 from training.split import read_split, split_patients
 
 
@@ -235,6 +236,7 @@ def test_slices_of_two_patients_are_no_series(tmp_path: Path) -> None:
         ({"source": SOURCE | {"unit": "HU"}}, "data.source.unit: HU is of CT, not MR"),
         ({"target": TARGET | {"unit": "SUV"}}, "data.target.unit: SUV is of PT, not CT"),
         ({"jitter": 0.1, "source": TARGET | {"files": "*/MR.nii.gz"}}, "data.jitter: HU"),
+        ({"vary": {"shade": 0.1}, "source": TARGET | {"files": "*/MR.nii.gz"}}, "data.vary: HU"),
     ],
 )
 def test_settings_with_a_wrong_unit_are_refused(
@@ -383,6 +385,72 @@ def test_contrast_and_brightness_change_the_source_only(root: Path, tmp_path: Pa
     assert brightened(x, Change(gain=1.1, offset=0.05))[4] == pytest.approx(0.05)
 
 
+def test_a_patch_twice_as_large_shows_half_of_it() -> None:
+    row, column = np.indices((40, 40), np.float32)
+    planes = np.stack([row, column])
+    at = slice(10, 26), slice(12, 28)
+    wide, large = cut(planes, at, Change()), cut(planes, at, Change(scale=2.0))
+    for own, other in zip(wide, large, strict=True):  # about the middle
+        assert np.allclose(other - other.mean(), (own - own.mean()) / 2, atol=1e-3)
+        assert other.mean() == pytest.approx(own.mean(), abs=1e-3)
+    small = cut_weight(
+        np.ones((1, 16, 16), np.float32), (slice(0, 16), slice(0, 16)), Change(scale=0.5)
+    )
+    assert small[0, 0, 0] == 0
+    assert small[0, 5:11, 5:11].all()
+
+
+def test_a_curve_leaves_dark_and_bright_and_a_shade_goes_from_side_to_side() -> None:
+    x = np.linspace(-1, 1, 9, dtype=np.float32)[None, None].repeat(5, axis=1)
+    bent = brightened(x, Change(curve=0.5))
+    assert bent[0, 0, [0, -1]].tolist() == [-1, 1]
+    assert (bent[0, 0, 1:-1] > x[0, 0, 1:-1]).all()
+    flat = np.full((2, 7, 9), -0.5, np.float32)
+    shaded = brightened(flat, Change(slope=(0.2, 0.0))) + 1
+    assert np.allclose(shaded[:, -1] / 0.5, np.exp(0.2))
+    assert np.allclose(shaded[:, 0] / 0.5, np.exp(-0.2))
+    assert np.allclose(brightened(np.full_like(flat, -1), Change(slope=(0.2, 0.3))), -1)
+
+
+def test_size_and_values_vary_and_source_and_target_still_show_one_place(
+    root: Path, tmp_path: Path
+) -> None:
+    data = images_of(root, tmp_path, mirror=False, vary={"scale": 0.4})
+    found = find_images(data)
+    patients = sorted(found.patients)
+    batch = draw_batch(found, patients, data, 24, 24, np.random.default_rng(2))
+    hu = (batch.target.numpy() + 1) / 2 * 1624 - 1024
+    mr = (batch.source.numpy() + 1) / 2 * 600
+    inside = (batch.weight.numpy() > 0) & (np.abs(hu - 40) < 60)
+    assert inside.sum() > 1000
+    assert np.median(np.abs(mr - np.clip(as_mr(hu), 0, 600))[inside]) < 1
+    bent = images_of(root, tmp_path, mirror=False, vary={"scale": 0.4, "curve": 0.5})
+    other = draw_batch(found, patients, bent, 1, 24, np.random.default_rng(2))
+    first = draw_batch(found, patients, data, 1, 24, np.random.default_rng(2))
+    assert np.array_equal(other.target, first.target)
+    assert not np.array_equal(other.source, first.source)
+
+
+def test_who_is_left_out_is_not_read(root: Path, tmp_path: Path) -> None:
+    out = patient_of("P1/", r"(P\d+)/")
+    found = find_images(images_of(root, tmp_path, without=[out]))
+    assert len(found.patients) == 5
+    assert out not in found.patients
+
+
+def test_a_split_without_validation_patients_trains_but_cannot_stop_early(
+    root: Path, tmp_path: Path
+) -> None:
+    names = [patient_of(f"P{number}/", r"(P\d+)/") for number in range(6)]
+    split = {"train": names[:4], "validation": [], "test": names[4:]}
+    path = write_config(root, tmp_path)
+    (tmp_path / "split.yaml").write_text(yaml.safe_dump(split))
+    train.main([str(path), "optimisation.steps=1"])
+    assert (tmp_path / "mr-to-ct" / "manifest.yaml").exists()
+    with pytest.raises(TrainingError, match="no slice is in validation"):
+        train.main([str(path), "stopping={figure: mae}", "name=other"])
+
+
 def test_what_is_switched_off_draws_no_random_number(root: Path, tmp_path: Path) -> None:
     data = images_of(root, tmp_path)
     found = find_images(data)
@@ -397,7 +465,7 @@ def test_what_is_switched_off_draws_no_random_number(root: Path, tmp_path: Path)
 
 def test_keys_that_came_later_and_are_not_used_change_no_digest(root: Path, tmp_path: Path) -> None:
     plain = load_config(write_config(root, tmp_path)).digest()
-    spelled = {"equalised": "none", "rotate_degrees": 0.0, "jitter": 0.0}
+    spelled = {"equalised": "none", "rotate_degrees": 0.0, "jitter": 0.0, "vary": None}
     assert load_config(write_config(root, tmp_path, data=spelled)).digest() == plain
     used = {"rotate_degrees": 5.0}
     assert load_config(write_config(root, tmp_path, data=used)).digest() != plain

@@ -1,11 +1,14 @@
 """Judge a translation by leaving one patient out at a time: train on the others, prove on that one.
 
     python training/leave_out.py training/configs/mr-to-ct.yaml optimisation.steps=700
+    python training/leave_out.py training/configs/mr-to-ct.yaml spare=test
 
 For every patient of CONFIG a run NAME-leave-K of its own, with a split of its own beside it; a run
-goes on where it was stopped. The patient after the one left out, in the order of their hashes, is
-the validation patient; nothing is chosen by it. What is published is another model, trained on the
-split of CONFIG: these figures say how well the method does on a patient it never saw.
+goes on where it was stopped. All others train; if CONFIG stops early, the patient after the one
+left out, in the order of their hashes, validates instead. With `spare=test` the images of CONFIG's
+test patients are not even read: a method is chosen without those who then judge it. What is
+published is another model, trained on the split of CONFIG: these figures say how well the method
+does on a patient it never saw.
 """
 
 import sys
@@ -33,12 +36,14 @@ from training.translation import translator
 FEWEST = 3
 """Patients: one to train, one to validate, one to leave out."""
 TASKS = ("syn_ct", "syn_mr")
+SPARE = "spare=test"
 
 
 def main(argv: Sequence[str]) -> None:
     if not argv:
-        raise ConfigError("usage: python training/leave_out.py CONFIG [key=value ...]")
-    config = load_config(Path(argv[0]), argv[1:])
+        raise ConfigError("usage: python training/leave_out.py CONFIG [spare=test] [key=value ...]")
+    words = [word for word in argv[1:] if word != SPARE]
+    config = load_config(Path(argv[0]), words)
     if (
         not isinstance(config.data, Images)
         or not config.publish
@@ -46,13 +51,16 @@ def main(argv: Sequence[str]) -> None:
     ):
         raise ConfigError(f"publish.task: want one of {', '.join(TASKS)}: they have such a proof")
     torch.set_num_threads(config.threads)
-    found = find_images(config.data)
+    data = config.data
+    if SPARE in argv[1:]:
+        data = replace(data, without=(*data.without, *read_split(Path(data.split))["test"]))
+    found = find_images(data)
     patients = sorted(found.patients)
     if len(patients) < FEWEST:
         raise TrainingError(f"{len(patients)} patients; want {FEWEST} or more")
-    settings = read_settings(Path(argv[0]), argv[1:])
+    settings = read_settings(Path(argv[0]), words)
     judged = [
-        judge(config, own_data(config, config.data, patients, number), found, settings, number)
+        judge(config, own_data(config, data, patients, number), found, settings, number)
         for number in range(len(patients))
     ]
     print(*lines(judged), sep="\n")
@@ -60,10 +68,11 @@ def main(argv: Sequence[str]) -> None:
 
 def own_data(config: TrainConfig, data: Images, patients: Sequence[str], number: int) -> Images:
     """The same images split so that patient `number` is left out; writes the split."""
-    out, chosen = patients[number], patients[(number + 1) % len(patients)]
+    out, after = patients[number], patients[(number + 1) % len(patients)]
+    chosen = [] if config.stopping is None else [after]
     split = {
-        "train": [patient for patient in patients if patient not in (out, chosen)],
-        "validation": [chosen],
+        "train": [patient for patient in patients if patient not in (out, *chosen)],
+        "validation": chosen,
         "test": [out],
     }
     path = Path(config.runs) / f"{_name(config, number)}.split.yaml"

@@ -80,7 +80,8 @@ def find_images(data: Images) -> Found:
     """
     root = Path(data.root)
     sources, targets = (
-        files_by_patient(root, side.files, data.patient) for side in (data.source, data.target)
+        _without(files_by_patient(root, side.files, data.patient), data.without)
+        for side in (data.source, data.target)
     )
     left_out: Counter[str] = Counter()
     _check_patients(sources, targets)
@@ -103,6 +104,10 @@ def find_images(data: Images) -> Found:
     if not found[0] or not found[1]:
         raise TrainingError(f"data: no usable slice; left out: {dict(left_out)}")
     return Found(*found, left_out, _warnings(found, {**sources, **targets}, left_out, data))
+
+
+def _without(files: Mapping[str, list[Path]], patients: Sequence[str]) -> dict[str, list[Path]]:
+    return {patient: paths for patient, paths in files.items() if patient not in patients}
 
 
 def _check_patients(*kinds: Mapping[str, Sequence[Path]]) -> None:
@@ -165,7 +170,7 @@ def draw_batch(
         source, target = found.sources[one], found.targets[other]
         at = _place(source.body if not data.paired else target.body, patch, rng)
         there = at if data.paired else _place(target.body, patch, rng)
-        change = draw_change(data.mirror, data.rotate_degrees, data.jitter, rng)
+        change = draw_change(data.mirror, data.rotate_degrees, data.jitter, rng, data.vary)
         weight = _at_least(target.body[None].astype(np.float32), patch)
         weight = cut_weight(weight, there, change)
         if data.emphasis is not None:
