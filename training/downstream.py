@@ -91,7 +91,8 @@ def pixel_poisson(grey: Grey, dose: float, rng: np.random.Generator) -> Grey:
     (rows, columns), float32, 0 to 255 -> the same, with Poisson noise.
     """
     counts = rng.poisson(grey / 255.0 * 4095.0 * dose) / dose
-    return np.clip(counts / 4095.0 * 255.0, 0.0, 255.0).astype(np.float32)
+    noisy: Grey = np.clip(counts / 4095.0 * 255.0, 0.0, 255.0).astype(np.float32)
+    return noisy
 
 
 def _blurred(grey: Grey) -> Grey:

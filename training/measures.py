@@ -114,9 +114,10 @@ def _of_hu(made: Array, truth: Array, body: Mask) -> dict[str, float]:
 
 def _of_uptake(made: Array, study: Study) -> dict[str, float]:
     """Relative errors of the patient's mean and highest uptake, and of regions of interest."""
+    body, truth = made[study.body], study.truth[study.body]
     found = {
-        "suv_mean_error": _relative(made[study.body].mean(), study.truth[study.body].mean()),
-        "suv_max_error": _relative(made[study.body].max(), study.truth[study.body].max()),
+        "suv_mean_error": _relative(float(body.mean()), float(truth.mean())),
+        "suv_max_error": _relative(float(body.max()), float(truth.max())),
     }
     if study.labels is not None and (regions := np.unique(study.labels[study.labels > 0])).size:
         errors = []

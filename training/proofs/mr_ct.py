@@ -124,7 +124,7 @@ def _mae(made: Values, true: Values) -> float:
 def _overlap(made: Values, true: Values) -> float:
     """Intersection over union of what is bone."""
     one, other = made > BONE_HU, true > BONE_HU
-    return float((one & other).sum() / max((one | other).sum(), 1))
+    return int((one & other).sum()) / max(int((one | other).sum()), 1)
 
 
 def _correlation(made: Values, true: Values) -> float:
