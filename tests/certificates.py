@@ -34,6 +34,7 @@ class Authority:
     def create(self) -> "Authority":
         self.folder.mkdir(parents=True, exist_ok=True)
         subject = ("-subj", f"/CN={self.name}", "-days", "90")
+        subject += ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # RFC 5280 4.2.1.3
         _run("req", "-x509", *_new("P-256", self.folder / "ca.key"), *subject, "-out", self.cert)
         return self
 
@@ -49,7 +50,7 @@ class Authority:
         """A certificate for `name`; negative `days`: it has expired."""
         pair = Pair(self.folder / f"{name}.pem", self.folder / f"{name}.key")
         request, extra = self.folder / f"{name}.csr", self.folder / f"{name}.ext"
-        extra.write_text(extensions)
+        extra.write_text(f"{extensions}\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n")
         _run("req", *_new(key, pair.key), "-subj", f"/CN={name}", "-out", request)
         ours = ("-CA", self.cert, "-CAkey", self.folder / "ca.key", "-CAcreateserial")
         valid = ("-days", str(days), f"-{digest}", "-extfile", extra)
