@@ -122,7 +122,7 @@ def _savepoint(db: Connection) -> Iterator[None]:
     driver.execute("SAVEPOINT change")
     try:
         yield
-    except Exception:
+    except Exception:  # raised again: whatever it is, its change is undone
         if driver.in_transaction:  # else SQLite gave up all of it
             driver.execute("ROLLBACK TO change")
             driver.execute("RELEASE change")

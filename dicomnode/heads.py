@@ -10,18 +10,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
-from dicomnode.part10 import DEEPEST, LONG_VRS, UNDEFINED, VRS
+from dicomnode.part10 import DEEPEST, ENDS, LONG_VRS, UNDEFINED, VRS, is_implicit
 
 _HEADER = struct.Struct("<HH2sH")
 _LENGTH = struct.Struct("<L")
-_ENDS = (0xFFFEE00D, 0xFFFEE0DD)
-"""Item Delimitation Item, Sequence Delimitation Item."""
 _NUMBER = r" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *"
 _UID = re.compile(rb"[0-9][0-9.]{,63}\0?")
 _CODES = re.compile(rb"[A-Z0-9_][A-Z0-9_ ]*(?:\\[A-Z0-9_][A-Z0-9_ ]*)* *")
@@ -48,8 +42,7 @@ class Plain:
         if syntax in (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian):
             return None
         try:
-            implicit = syntax == ImplicitVRLittleEndian and head[4:6] not in VRS
-            return self._collect(head, implicit)
+            return self._collect(head, is_implicit(syntax, head))
         except (struct.error, LookupError):
             return None
 
@@ -80,7 +73,7 @@ class Plain:
                 at += length
             elif length == UNDEFINED and depth < DEEPEST:
                 depth += 1
-            elif tag in _ENDS:
+            elif tag in ENDS:
                 depth -= 1
             else:
                 at += length

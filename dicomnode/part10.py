@@ -74,7 +74,9 @@ MALFORMED = (
 """What pydicom raises for a damaged file or value."""
 
 UNDEFINED = 0xFFFFFFFF
-_ITEM_END, _SEQUENCE_END, _CHARACTER_SET = 0xFFFEE00D, 0xFFFEE0DD, 0x00080005
+ENDS = (0xFFFEE00D, 0xFFFEE0DD)
+"""Item Delimitation Item, Sequence Delimitation Item."""
+_CHARACTER_SET = 0x00080005
 _TRANSFER_SYNTAX = 0x00020010
 LONG_VRS = {f"O{kind}".encode() for kind in "BDFLVW"} | {b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
 LONG_VRS.add(b"UV")  # VRs with a 4-byte length (PS3.5 7.1.2)
@@ -231,9 +233,13 @@ def _data_set(file: io.BufferedReader, syntax: str) -> "_Elements":
     source, size = file, os.fstat(file.fileno()).st_size
     if syntax == DeflatedExplicitVRLittleEndian:
         source, size = io.BufferedReader(_Inflating(file, MOST_INFLATED), 1 << 16), -1
-    # some data sets that are called implicit have VRs
-    implicit = syntax == ImplicitVRLittleEndian and source.peek(6)[4:6] not in VRS
+    implicit = is_implicit(syntax, source.peek(6))
     return _Elements(source, size, implicit, syntax != ExplicitVRBigEndian)
+
+
+def is_implicit(syntax: str, first: bytes) -> bool:
+    """Has a data set that begins with `first` no VRs? Some that are called implicit have them."""
+    return syntax == ImplicitVRLittleEndian and first[4:6] not in VRS
 
 
 class _Inflating(io.RawIOBase):
@@ -330,7 +336,7 @@ class _Elements(Iterator[tuple[int, bytes, int]]):
             tag, _, length = next(self, (0, b"", -1))
             if length < 0:
                 raise CannotUnderstand("the data set is cut off")
-            if tag in (_ITEM_END, _SEQUENCE_END):
+            if tag in ENDS:
                 open_ones -= 1
             elif length == UNDEFINED:
                 open_ones += 1

@@ -42,8 +42,7 @@ Plane = Mapping[str, Any]
 
 def plane_of(header: Dataset | Mapping[str, Any]) -> Plane | None:
     """Where an image lies in the patient, or None: no image plane, or a localizer."""
-    kinds = header.get("ImageType") or []
-    kinds = map(str, kinds if isinstance(kinds, (list, MultiValue)) else [kinds])
+    kinds = map(str, _items(header.get("ImageType") or []))
     try:
         position = [float(value) for value in header.get("ImagePositionPatient") or []]
         orientation = [float(value) for value in header.get("ImageOrientationPatient") or []]
@@ -242,9 +241,13 @@ def _plain(header: Dataset, keyword: str) -> tuple[str | float, ...]:
     value = header.get(keyword)
     if isinstance(value, DicomSequence):
         return ("SEQUENCE",) if len(value) else ()
-    items = value if isinstance(value, (list, MultiValue)) else [value]
-    plain = [_plain_item(item) for item in items if item is not None]
+    plain = [_plain_item(item) for item in _items(value) if item is not None]
     return tuple(item for item in plain if item != "")
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The values of an attribute, of which there may be one only."""
+    return value if isinstance(value, (list, MultiValue)) else [value]
 
 
 def _plain_item(item: object) -> str | float:

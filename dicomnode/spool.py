@@ -118,8 +118,7 @@ class Spool:
         Raises:
             OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
         """
-        folder = f"{self.root}/received/{series_uid}"  # to make a Path takes longer than a link
-        final = f"{folder}/{sop_instance_uid}.dcm"
+        folder, final = self._place(series_uid, sop_instance_uid)
         new = False
         try:
             if not self.has_room():
@@ -171,7 +170,12 @@ class Spool:
         return final
 
     def path(self, series_uid: str, sop_instance_uid: str) -> Path:
-        return self.received / series_uid / f"{sop_instance_uid}.dcm"
+        return Path(self._place(series_uid, sop_instance_uid)[1])
+
+    def _place(self, series_uid: str, sop_instance_uid: str) -> tuple[str, str]:
+        """Folder and file of a received instance; to make a Path takes longer than a link."""
+        folder = f"{self.root}/received/{series_uid}"
+        return folder, f"{folder}/{sop_instance_uid}.dcm"
 
     def result_path(self, derived_uid: str, sop_instance_uid: str) -> Path:
         return self.results / derived_uid / f"{sop_instance_uid}.dcm"

@@ -114,7 +114,7 @@ class Conveyor(Generic[M]):
         source[len(x) :] = x[-1]
         try:
             return Batch(self, slot, len(x), self._begin(slot))
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, the slot is lost
             self.slots -= 1
             with contextlib.suppress(RuntimeError, DeviceLost):  # one reason is enough
                 self._lanes.settle()
@@ -181,7 +181,7 @@ class Batch(Generic[M]):
         """(batch, 1, rows, columns), float32, in memory of its own."""
         try:
             self._done.wait()
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, the slot is lost
             self._conveyor.lose()
             raise
         result: Voxels = self._slot.result.numpy()[: self._count].copy()
