@@ -19,7 +19,7 @@ from tests.factories import changed, ct_series, mr_series, pet_series, phantom_h
 from tests.peers import shared_data
 from tests.test_pairs import SOURCE, TARGET, as_mr, images_of, write_config, write_nifti
 from tests.test_units import philips, suv_factor
-from training import train
+from training import prove, train
 from training.augment import Change, brightened, cut, cut_weight
 from training.config import load_config
 from training.errors import TrainingError
@@ -449,6 +449,22 @@ def test_a_split_without_validation_patients_trains_but_cannot_stop_early(
     assert (tmp_path / "mr-to-ct" / "manifest.yaml").exists()
     with pytest.raises(TrainingError, match="no slice is in validation"):
         train.main([str(path), "stopping={figure: mae}", "name=other"])
+
+
+def test_all_patients_may_train_if_the_split_says_so(root: Path, tmp_path: Path) -> None:
+    names = [patient_of(f"P{number}/", r"(P\d+)/") for number in range(6)]
+    split: dict[str, list[str]] = {"train": names, "validation": [], "test": []}
+    path = write_config(root, tmp_path, card=str(tmp_path / "card.md"))
+    (tmp_path / "card.md").write_text("{name}: {patients[train]} train, {patients_tested} test\n")
+    (tmp_path / "split.yaml").write_text(yaml.safe_dump(split))
+    train.main([str(path), "optimisation.steps=1"])
+    assert (tmp_path / "mr-to-ct" / "MODEL_CARD.md").read_text() == "mr-to-ct: 6 train, 0 test\n"
+    with pytest.raises(TrainingError, match=r"no patient is in test; .*leave_out"):
+        prove.main([str(path)])
+    split = {"train": names, "validation": [], "test": ["0" * 16]}
+    (tmp_path / "split.yaml").write_text(yaml.safe_dump(split))
+    with pytest.raises(TrainingError, match="no slice is in test"):
+        train.main([str(path), "name=other"])
 
 
 def test_what_is_switched_off_draws_no_random_number(root: Path, tmp_path: Path) -> None:

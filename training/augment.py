@@ -86,6 +86,18 @@ def draw_change(
     return Change(mirrored, degrees, 1.0 + gain, offset, float(scale), float(curve), slope)
 
 
+def at_least(planes: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
+    """(n, rows, columns): small slices are continued by their border up to `patch` pixels.
+
+    The weight of what is added is that of its value.
+    """
+    _, rows, columns = planes.shape
+    more = (0, max(0, patch - rows)), (0, max(0, patch - columns))
+    if more == ((0, 0), (0, 0)):
+        return planes
+    return np.pad(planes, ((0, 0), *more), mode="edge")
+
+
 def cut(planes: NDArray[np.float32], at: Place, change: Change) -> NDArray[np.float32]:
     """The patch at `at`, turned about its middle, scaled and mirrored.
 

@@ -15,6 +15,7 @@ from dicomnode.imaging.percentiles import Percentiles
 from dicomnode.imaging.units import MODALITY, Unit
 from training.augment import Emphasis, Vary
 from training.doses import Details, LowDose
+from training.marked import Marked
 from training.overrides import read_settings
 from training.recipes.adversarial import Adversarial
 from training.recipes.optimisation import Optimisation
@@ -97,6 +98,8 @@ class Images:
     """Slices with a smaller share of such pixels are left out."""
     emphasis: Emphasis | None = None
     """What errors count by the true value, of paired images; None: all alike."""
+    marked: Marked | None = None
+    """What errors count where a label image marks the target, of paired images."""
     mirror: bool = True
     """Patches are mirrored left to right at random."""
     rotate_degrees: float = 0.0
@@ -279,7 +282,7 @@ def _leave_out(shaping: dict[str, Any], config: TrainConfig) -> None:
         del shaping["optimisation"]["texture_weight"]
 
 
-_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter", "emphasis", "vary", "without")
+_LATER_IMAGES = ("equalised", "rotate_degrees", "jitter", "emphasis", "marked", "vary", "without")
 _NOT_SHAPING = (
     *("package", "card", "runs", "stop_at", "threads", "save_every", "version"),
     *("publish", "classifier", "backward", "log_every", "stopping", "device", "strength"),
@@ -314,7 +317,8 @@ def _problem(config: TrainConfig) -> str | None:
         return "window: want two values, low and high"
     if min(config.save_every, config.log_every, config.optimisation.steps) < 1:
         return "save_every, log_every, optimisation.steps: want 1 or more"
-    if config.optimisation.patch < (least := _least_patch(config)):
+    least = config.adversarial.discriminator.least_patch
+    if config.recipe not in ("supervised", "classifier") and config.optimisation.patch < least:
         return f"optimisation.patch: the discriminator's layers need {least} pixels or more"
     if isinstance(config.data, Data):
         return _problem_of_low_dose(config)
@@ -332,6 +336,9 @@ def _problem(config: TrainConfig) -> str | None:
         return f"data.paired: {config.recipe} needs pairs"
     if config.recipe in TWO_WAYS and config.data.emphasis is not None:
         return f"data.emphasis: {config.recipe} has no truth to weigh errors by"
+    spacing, marked = config.data.spacing_mm, config.data.marked
+    if marked and (problem := marked.problem(config.recipe in TWO_WAYS, spacing)):
+        return f"data.marked: {problem}"
     if config.recipe in TWO_WAYS and config.data.slices != 1:
         return f"data.slices: {config.recipe} goes both ways, slice by slice (1)"
     if config.recipe in TWO_WAYS and config.data.equalised != "none":
@@ -352,13 +359,6 @@ def _problem(config: TrainConfig) -> str | None:
     if isinstance(config.data.target.intensity, Percentiles):
         return "data.target.intensity: a result needs a fixed window; percentiles have no inverse"
     return None
-
-
-def _least_patch(config: TrainConfig) -> int:
-    """Pixels of a side from which on the discriminator's last map has more than one value."""
-    spec = config.adversarial.discriminator
-    judged = config.recipe not in ("supervised", "classifier") and spec.kind == "patch"
-    return 3 * 2**spec.layers if judged else 1
 
 
 def _problem_of_low_dose(config: TrainConfig) -> str | None:

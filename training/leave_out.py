@@ -101,7 +101,7 @@ def _name(config: TrainConfig, number: int) -> str:
 
 
 def lines(judged: Sequence[tuple[int, Mapping[str, tuple[float, ...]]]]) -> list[str]:
-    """A row per patient: the model / a value per intensity / the same told the body; the means."""
+    """A row per patient: the model / one value / one per intensity / the same told the body."""
     names = list(judged[0][1])
     rows = [
         [number, slices, *(_cell(figures[name]) for name in names)]
@@ -109,7 +109,9 @@ def lines(judged: Sequence[tuple[int, Mapping[str, tuple[float, ...]]]]) -> list
     ]
     means = np.nanmean([[figures[name] for name in names] for _, figures in judged], axis=0)
     rows.append(["mean", "", *(_cell(values) for values in means)])
-    words = "of each: the model / a value per intensity / the same, told where the body is"
+    words = (
+        "of each: the model / one value / a value per intensity / the same, told where the body is"
+    )
     return [*table(["left out", "slices", *names], rows), "", words]
 
 

@@ -139,8 +139,12 @@ class ImagePairs:
         self._config, self._data = config, data
         self._found = pairs.find_images(data)
         self._split = _split(config, self._found.patients, set())
-        needed = [part for part in PARTS if part != "validation" or config.stopping is not None]
-        if empty := [part for part in needed if not self._planes(part)]:
+        missed = {
+            "train": True,
+            "validation": config.stopping is not None,
+            "test": bool(self._split["test"]),  # a split may say that nobody tests
+        }
+        if empty := [part for part in PARTS if missed[part] and not self._planes(part)]:
             raise TrainingError(f"{data.split}: no slice is in {', '.join(empty)}; see the split")
         self.epoch_steps = _steps(len(self._planes("train")), config)
         planes = (*self._found.sources, *self._found.targets)

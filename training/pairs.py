@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dicomnode.imaging.equalise import with_equalised
 from dicomnode.imaging.intensity import Equalised
 from dicomnode.imaging.percentiles import Whole, intensity_of
-from training.augment import brightened, cut, cut_weight, draw_change
+from training.augment import at_least, brightened, cut, cut_weight, draw_change
 from training.config import Images, Side
 from training.errors import TrainingError
 from training.images import is_dicom, onto, read_image, voxels_of, with_spacing
@@ -38,6 +38,7 @@ class Plane:
         network: (channels, rows, columns), float32, in [-1, 1]; the slice and its neighbours.
         physical: (rows, columns), float32, in the unit of its side.
         body: (rows, columns), bool: the patient, where both kinds have an image.
+        marked: (rows, columns), bool, of a target: what `Images.marked` says; None: nothing.
     """
 
     patient: str
@@ -46,6 +47,7 @@ class Plane:
     network: NDArray[np.float32]
     physical: NDArray[np.float32]
     body: NDArray[np.bool_]
+    marked: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,15 +173,18 @@ def draw_batch(
         at = _place(source.body if not data.paired else target.body, patch, rng)
         there = at if data.paired else _place(target.body, patch, rng)
         change = draw_change(data.mirror, data.rotate_degrees, data.jitter, rng, data.vary)
-        weight = _at_least(target.body[None].astype(np.float32), patch)
+        weight = at_least(target.body[None].astype(np.float32), patch)
         weight = cut_weight(weight, there, change)
         if data.emphasis is not None:
-            true = cut(_at_least(target.physical[None], patch), there, change)
+            true = cut(at_least(target.physical[None], patch), there, change)
             weight = weight * data.emphasis.weight_of(true)
+        if data.marked is not None and target.marked is not None:
+            share = cut(at_least(target.marked[None].astype(np.float32), patch), there, change)
+            weight = weight * data.marked.weight_of(share)
         drawn.append(
             (
-                brightened(cut(_at_least(source.network, patch), at, change), change),
-                cut(_at_least(target.network, patch), there, change),
+                brightened(cut(at_least(source.network, patch), at, change), change),
+                cut(at_least(target.network, patch), there, change),
                 weight,
             )
         )
@@ -268,6 +273,9 @@ def _pairs_of(
             replace(p, network=with_equalised(p.network[None], data.equalised)[0]) for p in first
         ]
     second = _planes(patient, theirs, kept, spacing, data.target, 1)
+    if data.marked is not None:
+        marked = data.marked.beside(target, tuple(reversed(grid.GetSize())))[box]
+        second = [replace(p, marked=own) for p, own in zip(second, marked, strict=True)]
     pairs = []
     for one, other in zip(first, second, strict=True):
         if other.body.mean() < data.least_body:
@@ -382,12 +390,3 @@ def _place(body: NDArray[np.bool_], patch: int, rng: np.random.Generator) -> tup
         if body[at].sum() > 0.2 * patch * patch:
             break
     return at
-
-
-def _at_least(planes: NDArray[np.float32], patch: int) -> NDArray[np.float32]:
-    """Small slices are continued by their border; the weight of what is added is its value."""
-    _, rows, columns = planes.shape
-    more = (0, max(0, patch - rows)), (0, max(0, patch - columns))
-    if more == ((0, 0), (0, 0)):
-        return planes
-    return np.pad(planes, ((0, 0), *more), mode="edge")

@@ -30,6 +30,7 @@ from dicomnode.imaging.package import read_package
 from dicomnode.imaging.percentiles import Percentiles
 from training.config import Data, Images, TrainConfig, load_config
 from training.data import load_samples, patient_hash
+from training.errors import TrainingError
 from training.figures import Denoiser, denoiser
 from training.pairs import find_images, patient_of
 from training.proofs import contrast, delayed_pet, denoising, mr_ct
@@ -73,6 +74,11 @@ def main(argv: Sequence[str]) -> None:
         part=options["part"],
         apply=translator(model.generator, config, config.data),
     )
+    if not case.patients():
+        raise TrainingError(
+            f"{config.data.split}: no patient is in {options['part']}; where all of them train, "
+            "training/leave_out.py proves the method"
+        )
     print(f"{model.package.name} {model.package.version}, digest {model.package.digest}")
     print(f"{options['part']}: {len(case.pairs())} slices of {len(case.patients())} patients\n")
     print(*PROOFS[config.publish.task](case), sep="\n")

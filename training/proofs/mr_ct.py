@@ -14,7 +14,7 @@ from training.pairs import Pair
 from training.proofs.case import Case, spread, table
 
 BONE_HU = 200.0
-MODEL, BY_INTENSITY = "the model", "a value per intensity"
+MODEL, ONE, BY_INTENSITY = "the model", "one value, the median", "a value per intensity"
 TOLD = "a value per intensity, told where the body is"
 """The model is not told; dark in the body is bone, dark around it air."""
 _BODY: Mapping[Unit, float] = {"HU": -500.0, "AU": 50.0}
@@ -41,9 +41,9 @@ def lines(case: Case) -> list[str]:
 
 
 def beside_intensity(case: Case) -> dict[str, list[tuple[float, ...]]]:
-    """Name of a figure -> for each patient judged what MODEL, BY_INTENSITY and TOLD come to."""
+    """Name of a figure -> for each patient judged: of MODEL, ONE, BY_INTENSITY and TOLD."""
     results = _results(case)
-    each = list(zip(results[MODEL], results[BY_INTENSITY], results[TOLD], strict=True))
+    each = list(zip(*(results[name] for name in (MODEL, ONE, BY_INTENSITY, TOLD)), strict=True))
     return {
         name: [tuple(figure(*item) for item in patient) for patient in each]
         for name, figure in _FIGURES[_unit(case)].items()
@@ -61,7 +61,7 @@ def _results(case: Case) -> Mapping[str, list[tuple[Values, Values]]]:
         return values[np.digitize(_given(pair, _body(pair, unit)), _BINS)]
 
     methods: Mapping[str, Callable[[Pair], Values]] = {
-        "one value, the median": lambda pair: np.full_like(_true(pair, unit), middle),
+        ONE: lambda pair: np.full_like(_true(pair, unit), middle),
         BY_INTENSITY: lambda pair: looked_up(untold, pair),
         TOLD: lambda pair: looked_up(told, pair),
         MODEL: lambda pair: case.apply(pair.source)[_body(pair, unit)],

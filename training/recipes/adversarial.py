@@ -31,6 +31,11 @@ class Discriminator:
     conditional: bool = False
     """Judge source and image together (pix2pix)."""
 
+    @property
+    def least_patch(self) -> int:
+        """Pixels of a side from which on its last map has more than one value."""
+        return 3 * 2**self.layers if self.kind == "patch" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Adversarial:
