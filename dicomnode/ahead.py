@@ -22,7 +22,7 @@ from dicomnode.imaging.layout import layout_of
 from dicomnode.imaging.planes import Plane, SourcePlanes
 from dicomnode.imaging.streaming import Predicting, Stages, fixed_scales
 from dicomnode.orders import Arriving
-from dicomnode.part10 import read_instances
+from dicomnode.part10 import MALFORMED, read_instances
 
 if TYPE_CHECKING:
     from dicomnode.imaging.inference import Model
@@ -65,6 +65,8 @@ class Ahead:
             self._infer(name, path)
         except DicomNodeError as error:  # the job of the series finds its own words for it
             log.debug("not inferred ahead: %s", error)
+        except MALFORMED as error:
+            log.debug("not inferred ahead: %s", type(error).__name__)
         except (MemoryError, RuntimeError):
             log.exception("inferring ahead is given up for what is waiting")
             self._files.clear()
@@ -107,7 +109,7 @@ def can_run_ahead(model: "Model") -> bool:
 
 
 def infer_alone(model: "Model", dataset: Dataset) -> tuple[str, Plane] | None:
-    """The key and the result of one slice; None: it has to be resampled with its volume.
+    """The key and the result of one slice; None: it cannot be decoded, or needs its volume.
 
     Raises:
         SeriesRefused, PackageError: it is no slice that the model takes.
@@ -115,7 +117,8 @@ def infer_alone(model: "Model", dataset: Dataset) -> tuple[str, Plane] | None:
     unit = model.package.manifest.input.unit
     layout = layout_of([dataset], unit, min_slices=1, allow_lossy=True)
     decoding = Decoding(layout.datasets, layout.calibration, lambda slice_: slice_)
-    decoding.decode(0)
+    if not decoding.decode(0):
+        return None
     stages = Stages(lambda index: None, _no_volume)
     predicting = Predicting(model, layout, decoding, stages)
     return None if predicting.key(0) is None else predicting.one(0)

@@ -10,11 +10,17 @@ from typing import Any
 
 import highdicom
 from pydicom import DataElement, Dataset
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import CTImageStorage, generate_uid
+from pydicom.valuerep import DSfloat
+
+from dicomnode.errors import SeriesRefused
+from dicomnode.imaging.pixels import numbers_of
+from dicomnode.imaging.verbatim import sent_bytes, text_as_sent
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -134,10 +140,15 @@ def _tag_of(keyword: str) -> BaseTag:
 
 
 def copy_tags(derived: Dataset, source: Dataset, tags: Iterable[int]) -> None:
-    """Copy the attributes that `source` has, value for value; nothing mutable is shared."""
+    """Copy the attributes that `source` has, value for value; nothing mutable is shared.
+
+    Text keeps its bytes. What `source` has in another VR than the standard's comes in that one; a
+    value that cannot is left out.
+    """
     for tag in tags:
-        if tag in source:
-            derived.add(_clean(source[tag]))
+        copied = _copied(source, tag) if tag in source else None
+        if copied is not None:
+            derived.add(copied)
 
 
 def copy_attributes(derived: Dataset, source: Dataset, keywords: Iterable[str]) -> None:
@@ -160,27 +171,46 @@ def copy_laterality(derived: Dataset, source: Dataset) -> None:
 
 
 def copy_window(derived: Dataset, source: Dataset) -> None:
-    """The first window only: some viewers ignore all if there are several (PS3.3 C.11.2.1.2)."""
-    if any(keyword not in source or source[keyword].VM == 0 for keyword in WINDOW[:2]):
+    """The first window only: some viewers ignore all if there are several (PS3.3 C.11.2.1.2).
+
+    None where the source's is no window: not two numbers, or too narrow.
+    """
+    if not _has_window(source):
         return
     copy_attributes(derived, source, WINDOW)
     for keyword in WINDOW[:3]:
-        if keyword in derived and derived[keyword].VM > 1:
-            derived[keyword].value = derived[keyword].value[0]
+        if keyword in derived and source[keyword].VM > 1:
+            derived[keyword].value = source[keyword].value[0]
+
+
+def _has_window(source: Dataset) -> bool:
+    """Whether the first window is one; WindowWidth is 1 at least, or above 0 (PS3.3 C.11.2.1.2)."""
+    first = []
+    for keyword in WINDOW[:2]:
+        count = source[keyword].VM if keyword in source else 0
+        try:
+            first.append(numbers_of(source, keyword, max(count, 1), "")[0])
+        except SeriesRefused:
+            return False
+    exact = source.get("VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID")
+    return first[1] > 0 if exact else first[1] >= 1
 
 
 def copy_item(item: Dataset) -> Dataset:
     """A sequence item without private attributes, which shares nothing mutable with the source."""
     copied = Dataset()
-    for element in item:
-        if not element.tag.is_private:
-            copied.add(_clean(element))
+    copy_tags(copied, item, [tag for tag in item.keys() if not tag.is_private])  # noqa: SIM118
     return copied
 
 
 def raw_values(source: Dataset, tags: Iterable[int]) -> list[Any]:
-    """Values as they came (bytes where nobody has looked yet), to be compared with others."""
-    return [source.get_item(tag).value if tag in source else None for tag in tags]
+    """Values as they came (bytes of text, and where nobody has looked yet), to be compared."""
+    return [_raw_value(source, tag) if tag in source else None for tag in tags]
+
+
+def _raw_value(source: Dataset, tag: int) -> Any:
+    text = sent_bytes(source, tag)
+    return source.get_item(tag).value if text is None else text
 
 
 def shallow_copy(template: Dataset) -> Dataset:
@@ -202,13 +232,36 @@ def _own(element: DataElement) -> DataElement:
     return DataElement(element.tag, element.VR, element.value, already_converted=True)
 
 
-def _clean(element: DataElement) -> DataElement:
+def _copied(source: Dataset, tag: int) -> DataElement | None:
+    text = text_as_sent(source, tag)
+    return text if text is not None else _clean(source[tag])
+
+
+def _clean(element: DataElement) -> DataElement | None:
+    known = dictionary_VR(element.tag).split(" or ") if dictionary_has_tag(element.tag) else ()
+    if known and element.VR not in known:
+        return None if "SQ" in (element.VR, *known) else _in_vr(element, known[0])
     if element.VR == "SQ":
         return DataElement(element.tag, "SQ", [copy_item(item) for item in element.value])
     value = element.value
     if isinstance(value, MultiValue):
         value = MultiValue(_same, value)
     return DataElement(element.tag, element.VR, value, already_converted=True)
+
+
+def _in_vr(element: DataElement, vr: str) -> DataElement | None:
+    """The same value in another VR; None: it has none there."""
+    value = element.value
+    try:
+        if vr == "DS":
+            value = [DSfloat(float(part), auto_format=True) for part in _parts(value)]
+        return DataElement(element.tag, vr, value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, MultiValue | list) else [value]
 
 
 def _same(value: Any) -> Any:

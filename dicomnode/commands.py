@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from dicomnode import console, serving
+from dicomnode import console, premises, serving
 from dicomnode.config import NodeConfig, Peer, Route, json_schema, load_config
 from dicomnode.errors import ConfigError, DeliveryError, DicomNodeError
 from dicomnode.history import History
@@ -32,7 +32,7 @@ def check(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     if args.storage:
         return _check_storage(config)
-    problems = []
+    problems = premises.problems(config)
     try:
         for name, package in load_packages(config).items():
             print(f"model {name} {package.version}: ok, sha256 {package.digest}")
@@ -132,14 +132,16 @@ def explain(args: argparse.Namespace) -> int:
         for decision in one.decisions:
             print(f"  {decision}")
             if decision.taken:
-                print(f"    {_destinations(decision.route, config)}")
+                print(f"    {_destinations(decision.route, config, one.may_give(decision.route))}")
     if others:
         print(f"{others} files are no DICOM instances of a series: ignored")
     return OK if found else MENDABLE
 
 
-def _destinations(route: Route, config: NodeConfig) -> str:
-    """Where a result of this route goes, and who is to commit it."""
+def _destinations(route: Route, config: NodeConfig, some: bool) -> str:
+    """Where a result of this route goes, and who is to commit it; `some`: there may be one."""
+    if not some:
+        return "no stack of it would be translated: nothing is made or sent"
     if route.shadow or not route.send_to:
         return "the result is kept here, nothing is sent"
     commit = config.committing_peers

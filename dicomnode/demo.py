@@ -132,7 +132,7 @@ def _phantom(folder: Path, task: str) -> list[Path]:
 def _copy(dicom: Path, folder: Path) -> list[Path]:
     """The largest series under `dicom`, copied under plain names."""
     if not dicom.is_dir():
-        raise ConfigError(f"{dicom}: no such folder; name one that holds a CT series")
+        raise ConfigError(f"{dicom}: no such folder; name one that holds a series")
     series: dict[str, list[Path]] = {}
     for path in sorted(p for p in dicom.rglob("*") if p.is_file()):
         with contextlib.suppress(InvalidDicomError):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import highdicom
 import numpy as np
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
 from pydicom.uid import (
     UID,
     ExplicitVRLittleEndian,
@@ -37,6 +37,7 @@ from dicomnode.imaging.frames import frame_number
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID, reproducible_uid
 from dicomnode.imaging.pixels import is_lossy, numbers_of, pixel_digest, stored_values
 from dicomnode.imaging.planes import Planes
+from dicomnode.imaging.verbatim import unencodable
 from dicomnode.label import label_pixels
 from dicomnode.numbering import images_number
 from dicomnode.outputs import Output, check_source, output_of
@@ -64,7 +65,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Part of every derived UID: goes up when the same input would give other attributes."""
 
 
@@ -338,7 +339,9 @@ class _Series:
         derived.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
         derived.file_meta.ImplementationVersionName = "DICOMNODE"
         add_equipment(derived, self.identity)
-        derived.SeriesDescription = self.description
+        derived["SeriesDescription"] = DataElement(
+            "SeriesDescription", "LO", self.description, already_converted=True
+        )
         kinds = ["InstanceCreation", "Content"]
         if self.output.source != "PT":  # SUV depends on SeriesDate and SeriesTime: never ours
             kinds.append("Series")
@@ -356,8 +359,11 @@ def _has_contrast(source: Dataset) -> bool:
     return bool(source.get("ContrastBolusAgent") or source.get("ContrastBolusAgentSequence"))
 
 
-def _series_description(first: Dataset, identity: Identity, options: OutputOptions) -> str:
-    """At most 64 characters; only the model's name and the source's text are cut, ending in ~."""
+def _series_description(first: Dataset, identity: Identity, options: OutputOptions) -> str | bytes:
+    """At most 64 characters; only the model's name and the source's text are cut, ending in ~.
+
+    Bytes where the source's text cannot be encoded again and need not be cut.
+    """
     fixed = len(options.description.replace("{source}", "").replace("{model}", ""))
     name = re.sub(r"[{}]", "", f"stack {options.stack} {options.stack_name}")
     remark = f" {identity.remark}" if identity.remark else ""
@@ -371,6 +377,8 @@ def _series_description(first: Dataset, identity: Identity, options: OutputOptio
     room = 64 - len(template.replace("{source}", ""))
     if len(source) > room:
         source = source[: max(room - 1, 0)] + "~"[:room]
+    elif (sent := unencodable(first, "SeriesDescription")) is not None:
+        return template.encode().replace(b"{source}", sent).strip()
     return template.replace("{source}", source).strip()
 
 

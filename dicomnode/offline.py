@@ -14,6 +14,7 @@ from dicomnode.imaging.classifier import read_classifier
 from dicomnode.imaging.layout import check_headers
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.imaging.package import read_package
+from dicomnode.imaging.pixels import declared_encoding
 from dicomnode.imaging.stacks import StackOfImages, split_stacks, usable_stacks
 from dicomnode.orders import Order, Outcome
 from dicomnode.outputs import check_source
@@ -66,6 +67,10 @@ class Explained:
     """Instances, or frames, that are no slice: how many, by code."""
     refusal: str = ""
     """Code and sentence if no stack can be made at all."""
+
+    def may_give(self, route: Route) -> bool:
+        """Whether the model of a route that matches may take one of the stacks."""
+        return any(stack.models.get(route.name) == "" for stack in self.stacks)
 
 
 def find_series(paths: Iterable[Path]) -> tuple[dict[str, list[Path]], int]:
@@ -137,6 +142,8 @@ def _why_not(stack: StackOfImages, route: Route, config: NodeConfig) -> str:
         check_headers(headers, manifest.input.unit, min_slices=least, allow_lossy=route.allow_lossy)
         check_source(headers, manifest.task, accept_synthetic=True)
         qa.check_headers(headers, package)
+        for header in headers:
+            declared_encoding(header)
     except SeriesRefused as refusal:
         return f"{refusal.code}: {refusal.message}; {refusal.remedy}"
     except PackageError as error:

@@ -188,7 +188,8 @@ def _refusal(
     if is_synthetic(dataset) and not accept_synthetic:
         return "ALREADY_SYNTHETIC", "is synthetic itself", "send what was acquired"
     if dataset.get("Modality") != output.source:
-        return "WRONG_MODALITY", f"is no {output.source}", f"route {output.source} series only"
+        what = f"Modality is not {output.source}"
+        return "WRONG_MODALITY", what, f"send {output.source} images that say so"
     if output.code == "CE_CT" and any(
         dataset.get(keyword) for keyword in ("ContrastBolusAgent", "ContrastBolusAgentSequence")
     ):

@@ -38,6 +38,7 @@ from pydicom.valuerep import VR
 
 from dicomnode.deferred import read_later
 from dicomnode.errors import CannotUnderstand, SeriesRefused
+from dicomnode.imaging.verbatim import keep_text
 
 MOST_ELEMENTS = 1_000_000
 """Elements that `read_header` steps over before it gives up: about a second."""
@@ -147,8 +148,8 @@ def read_instances(
             header = read_header(path, [tag_for_keyword(name) or 0 for name in _IDENTITY])
             later = pixels == "later"
             dataset = read_later(path) if later else dcmread(path, stop_before_pixels=not pixels)
-            if any(header.get(name) != dataset.get(name) for name in _IDENTITY):
-                raise CannotUnderstand("an attribute is there twice")
+            keep_text(dataset)
+            _check_identity(header, dataset)
         except (*MALFORMED, CannotUnderstand) as error:
             why = str(error) if isinstance(error, CannotUnderstand) else type(error).__name__
             raise SeriesRefused("UNREADABLE", f"{what}: {why}", "send it again") from error
@@ -156,20 +157,35 @@ def read_instances(
     return datasets
 
 
+def _check_identity(header: Dataset, dataset: Dataset) -> None:
+    """What `read_header` found must be what pydicom makes of the file, else CannotUnderstand."""
+    for name in _IDENTITY:
+        if name in header and name not in dataset:  # pydicom gives up what it read before
+            raise CannotUnderstand("the data set is cut off")
+        if header.get(name) != dataset.get(name):
+            raise CannotUnderstand("an attribute is there twice")
+    if not dataset.get("SOPInstanceUID"):
+        raise CannotUnderstand("SOPInstanceUID is missing")
+
+
 def damage_in(datasets: Iterable[Dataset]) -> str:
-    """Which attribute cannot be decoded, or has another VR than the standard's; empty: none."""
+    """Which attribute cannot be decoded, or, if all can, is in another VR; empty: none."""
+    looked_at = list(datasets)
     try:
-        return next(filter(None, map(_damage, datasets)), "")
+        found = (_damage(dataset, vrs) for vrs in (False, True) for dataset in looked_at)
+        return next(filter(None, found), "")
     except RecursionError:
         return "sequences are nested too deep"
 
 
-def _damage(dataset: Dataset) -> str:
+def _damage(dataset: Dataset, vrs: bool) -> str:
+    """`vrs`: another VR than the standard's counts too."""
     for tag in dataset.keys():  # noqa: SIM118 - a Dataset iterates elements
         name = f"{keyword_for_tag(tag) or tag} cannot be read"
         try:
             element = dataset[tag]
-            nested = damage_in(element.value) if element.VR == "SQ" else ""
+            items = element.value if element.VR == "SQ" else ()
+            nested = next(filter(None, (_damage(item, vrs) for item in items)), "")
         except RecursionError:
             raise
         except MALFORMED:
@@ -177,7 +193,7 @@ def _damage(dataset: Dataset) -> str:
         known = dictionary_VR(tag).split(" or ") if dictionary_has_tag(tag) else [element.VR]
         numbers = element.value if element.VM > 1 else [element.value]
         text = element.VR in ("DS", "IS") and any(isinstance(x, str) and x for x in numbers)
-        if nested or text or element.VR not in (*known, "UN"):
+        if nested or text or (vrs and element.VR not in (*known, "UN")):
             return nested or name
     return ""
 

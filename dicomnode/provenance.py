@@ -20,6 +20,7 @@ from pydicom.uid import (
     JPEGExtended12Bit,
     JPEGLSNearLossless,
 )
+from pydicom.valuerep import DT
 
 from dicomnode.attributes import copy_attributes, copy_item
 from dicomnode.imaging.frames import frame_number
@@ -202,12 +203,23 @@ def _earliest_acquisition(datasets: Sequence[Dataset]) -> str | None:
         text = str(dataset.get("AcquisitionDateTime") or "")
         date, time = (str(dataset.get(f"Acquisition{kind}") or "") for kind in ("Date", "Time"))
         text = text or (date + time if date else "")
-        if re.fullmatch(r"\d{8}(\d{6}(\.\d{1,6})?)?([+-]\d{4})?", text):
+        if _is_moment(text):
             times.append(text)
     first = min(times, default=None)
     if first is None or len(first) < 14 or re.search(r"[+-]", first):
         return first
     return first + zone if re.fullmatch(r"[+-]\d{4}", zone) else first
+
+
+def _is_moment(text: str) -> bool:
+    """Whether a DT text is a day, or a second of one, that the calendar has."""
+    if not re.fullmatch(r"\d{8}(\d{6}(\.\d{1,6})?)?([+-]\d{4})?", text):
+        return False
+    try:
+        DT(text)
+    except ValueError:  # 24:00:00, the 31st of February
+        return False
+    return True
 
 
 def _model(identity: Identity) -> str:

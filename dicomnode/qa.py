@@ -17,7 +17,7 @@ from dicomnode.imaging.intensity import Window
 from dicomnode.imaging.layout import Layout
 from dicomnode.imaging.manifest import Bounds, Range
 from dicomnode.imaging.package import ModelPackage
-from dicomnode.imaging.pixels import numbers_of
+from dicomnode.imaging.pixels import is_empty, numbers_of
 from dicomnode.imaging.planes import Planes
 from dicomnode.imaging.units import minutes_after_injection
 from dicomnode.measuring import Change
@@ -67,24 +67,21 @@ def check_headers(datasets: Sequence[Dataset], package: Package) -> None:
         datasets: the slices of one stack.
 
     Raises:
-        SeriesRefused: OUT_OF_BOUNDS, naming the bound and both values.
+        SeriesRefused: OUT_OF_BOUNDS, naming the bound and both values; UNREADABLE: SliceThickness
+            is no number.
     """
     bounds: Bounds = package.manifest.bounds
     first = datasets[0]
     if first.get("Modality") not in bounds.modality:
         raise _outside(package, f"Modality is {first.get('Modality')}, not {bounds.modality}")
     between = numbers_of(first, "PixelSpacing", 2, "NO_GEOMETRY")
-    thickness = first.get("SliceThickness")
     measured: dict[str, tuple[Range, float | None]] = {
         "slices": (bounds.slices, len(datasets)),
         "rows": (bounds.rows, first.Rows),
         "columns": (bounds.columns, first.Columns),
         "row spacing in mm": (bounds.pixel_spacing_mm, between[0]),
         "column spacing in mm": (bounds.pixel_spacing_mm, between[1]),
-        "SliceThickness in mm": (
-            bounds.slice_thickness_mm,
-            None if thickness in (None, "") else float(thickness),
-        ),
+        "SliceThickness in mm": (bounds.slice_thickness_mm, _thickness(first)),
     }
     for what, (allowed, value) in measured.items():
         if value is not None and value not in allowed:
@@ -92,6 +89,13 @@ def check_headers(datasets: Sequence[Dataset], package: Package) -> None:
     _check_excluded(datasets, bounds.exclude, package)
     _check_required(datasets, bounds.require, package)
     _check_injection(datasets, bounds.minutes_after_injection, package)
+
+
+def _thickness(header: Dataset) -> float | None:
+    """SliceThickness in mm; None: it is absent or empty."""
+    if is_empty(header, "SliceThickness"):
+        return None
+    return numbers_of(header, "SliceThickness", 1, "UNREADABLE")[0]
 
 
 def _check_excluded(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
 
 from dicomnode.errors import SeriesRefused
+from dicomnode.imaging.layout import check_headers
 from dicomnode.imaging.pixels import Encoding, encoding_of, stored_values
 from dicomnode.imaging.units import Calibration, calibrate, encoding_in_unit
 from dicomnode.imaging.volume import volume_from_datasets
@@ -176,7 +177,11 @@ def test_enhanced_pet_has_its_unit_and_reference_time_elsewhere() -> None:
     ],
 )
 def test_suv_is_refused_where_it_would_be_a_guess(code: str, attributes: dict[str, Any]) -> None:
-    assert code_of(changed(pet_series(2), **attributes)) == code
+    series = changed(pet_series(2), **attributes)
+    assert code_of(series) == code
+    with pytest.raises(SeriesRefused) as caught:  # `dicomnode explain` must know it too
+        check_headers(series, "SUV")
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(

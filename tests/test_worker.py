@@ -276,6 +276,22 @@ def test_what_cannot_be_read_or_is_no_slice_is_left_to_the_job(tmp_path: Path) -
     assert ahead_of(model_of(tmp_path), files).made == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"PixelData": b"\0" * 100}, {"BitsStored": [12, 12]}, {"RescaleIntercept": None}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_slice_that_cannot_be_decoded_is_left_to_the_job(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing ahead of a job may end the worker: another series would be blamed for it."""
+    datasets = ct_series(3, 64, 70)
+    for keyword, value in change.items():
+        setattr(datasets[1], keyword, value)
+    files = write_series(datasets, tmp_path / "in")
+    assert ahead_of(model_of(tmp_path), files).made == 2
+
+
 def test_a_series_that_arrives_is_inferred_while_the_worker_is_idle(
     worker: Worker, tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 A frame gets a header as a classic instance would have it, so that all other code sees slices only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pydicom.valuerep import DSfloat
 
 from dicomnode.errors import SeriesRefused
 from dicomnode.imaging.pixels import refused
+from dicomnode.imaging.verbatim import hand_on_text
 
 ENHANCED = {  # SOP Class UID -> Modality of what its frames are
     EnhancedCTImageStorage: "CT",
@@ -148,6 +150,7 @@ def frames_of(dataset: Dataset) -> list[Frame]:
         header = Dataset()
         header.update(base)
         _fold(header, group)
+        hand_on_text(dataset, header)
         header.add_new("ReferencedFrameNumber", "IS", number)
         header.add_new("InstanceNumber", "IS", number)
         if element is not None:
@@ -188,6 +191,15 @@ def slices_of(datasets: Iterable[Dataset]) -> tuple[list[Dataset], list[Ignored]
             else:
                 ignored.append(Ignored(uid, code, _WHY[code], frame.number))
     return slices, ignored
+
+
+def why_nothing(codes: Sequence[str]) -> str:
+    """The code of a series in which nothing is a slice, from those of its instances.
+
+    The most frequent one; that an instance is there twice says nothing about either.
+    """
+    telling = [code for code in codes if code != "REPEATED"] or ["NOT_AN_IMAGE"]
+    return Counter(sorted(telling)).most_common(1)[0][0]
 
 
 def _is_header(dataset: Dataset) -> bool:

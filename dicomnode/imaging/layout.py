@@ -1,6 +1,5 @@
 """The slices of one stack in order, and what they must satisfy, told by their headers alone."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from dicomnode.errors import SeriesRefused
-from dicomnode.imaging.frames import TRANSLATABLE, slices_of
+from dicomnode.imaging.frames import TRANSLATABLE, slices_of, why_nothing
 from dicomnode.imaging.limits import (
     LARGEST_SPACING_MM,
     check_image,
@@ -89,8 +88,8 @@ def check_headers(
     """What `volume_from_datasets` refuses of one stack that headers alone tell, pixels absent.
 
     Raises:
-        SeriesRefused: NOT_CT, NOT_MR, NOT_PET, SINGLE_SLICE, TOO_FEW_SLICES, and as
-            `limits.check_size` and `limits.check_image` do.
+        SeriesRefused: NOT_CT, NOT_MR, NOT_PET, SINGLE_SLICE, TOO_FEW_SLICES, NO_GEOMETRY, MIXED_*,
+            and as `limits.check_size`, `limits.check_image` and `units.calibrate` do.
     """
     wanted = MODALITY[unit]
     if TRANSLATABLE[headers[0].SOPClassUID] != wanted:
@@ -100,6 +99,8 @@ def check_headers(
     check_size(headers)
     for header in headers:
         check_image(header, allow_lossy)
+    calibrate(headers, unit)
+    _common_geometry(headers)
 
 
 def check_count(count: int, min_slices: int) -> None:
@@ -133,8 +134,9 @@ def _images(datasets: Sequence[Dataset], unit: Unit) -> list[Dataset]:
         if item.code in ("NO_GEOMETRY", "UNDECODABLE"):
             raise SeriesRefused(item.code, item.reason, "send it again")
     if not images:
-        code, _ = Counter(sorted(reasons)).most_common(1)[0] if reasons else ("NOT_AN_IMAGE", 0)
-        raise SeriesRefused(code, f"none of {len(datasets)} instances is a slice", "send slices")
+        raise SeriesRefused(
+            why_nothing(reasons), f"none of {len(datasets)} instances is a slice", "send slices"
+        )
     check_one_patient(images)
     check_size(images)
     return images
@@ -154,7 +156,9 @@ def _common_geometry(
     for image in images:
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
             if not image.get(keyword) or image[keyword].value != first.get(keyword):
-                raise refused("MIXED_SERIES", image, f"{keyword} differs", "send one series")
+                raise refused(
+                    "MIXED_SERIES", image, f"{keyword} is missing or differs", "send one series"
+                )
         directions = numbers_of(image, "ImageOrientationPatient", 6, "NO_GEOMETRY")
         if not np.allclose(directions, orientation, rtol=0, atol=SAME_DIRECTION):
             raise refused("MIXED_ORIENTATION", image, "another orientation", "split the series")

@@ -23,6 +23,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     JPEGLSNearLossless,
     LegacyConvertedEnhancedCTImageStorage,
+    PositronEmissionTomographyImageStorage,
 )
 
 from dicomnode.errors import SeriesRefused
@@ -41,6 +42,11 @@ _STRICT_PLUGIN = {  # others, if installed, give an image for a truncated frame,
 _LARGEST_VALUE = 1e30  # far from what float32 can hold, and from anything physical
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # ISO 10918-1, 14495-1
 _CT = {CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage}
+_NEEDED = {  # type 1 there (PS3.3 C.8.2.1, C.8.9.4): without, nobody knows what values stand for
+    **dict.fromkeys(_CT, ("RescaleSlope", "RescaleIntercept")),
+    PositronEmissionTomographyImageStorage: ("RescaleSlope",),
+}
+_NEEDED_TO_DECODE = ("SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,27 +141,36 @@ def encode(
 
 
 def encoding_of(dataset: Dataset) -> Encoding:
-    """The encoding an instance declares.
+    """The encoding of an instance that has pixel data.
+
+    Raises:
+        SeriesRefused: NOT_16_BIT: it has none; and as `declared_encoding` does.
+    """
+    if "PixelData" not in dataset:
+        raise refused("NOT_16_BIT", dataset, "has no integer pixel data", "send the original")
+    return declared_encoding(dataset)
+
+
+def declared_encoding(header: Dataset) -> Encoding:
+    """The encoding that a header declares.
 
     PixelPaddingValue is read by its bits, since real files carry it as US beside signed pixels.
 
     Raises:
         SeriesRefused: NOT_16_BIT; NOT_HU (CT without usable rescale, or to something else than HU);
-            NO_RESCALE (MR or PET with a rescale that cannot be used).
+            NO_RESCALE (MR or PET with a rescale that cannot be used, PET without one).
     """
-    bits_stored, high_bit = int(dataset.get("BitsStored") or 0), dataset.get("HighBit")
-    if (
-        dataset.get("BitsAllocated") != 16
-        or not 1 <= bits_stored <= 16
-        or "PixelData" not in dataset
-    ):
-        raise refused("NOT_16_BIT", dataset, "stores no 16-bit integers", "send the original")
+    bits_stored, high_bit = header.get("BitsStored"), header.get("HighBit")
+    if not isinstance(bits_stored, int):
+        raise refused("NOT_16_BIT", header, "BitsStored is missing or wrong", "mend it")
+    if header.get("BitsAllocated") != 16 or not 1 <= bits_stored <= 16:
+        raise refused("NOT_16_BIT", header, "stores no 16-bit integers", "send the original")
     if high_bit != bits_stored - 1:
-        raise refused("NOT_16_BIT", dataset, "HighBit is not BitsStored - 1", "send the original")
-    signed = dataset.get("PixelRepresentation") == 1
-    slope, intercept = _rescale(dataset)
+        raise refused("NOT_16_BIT", header, "HighBit is not BitsStored - 1", "send the original")
+    signed = header.get("PixelRepresentation") == 1
+    slope, intercept = _rescale(header)
     encoding = Encoding(bits_stored, signed, slope, intercept)
-    padding = _padding(dataset, encoding)
+    padding = _padding(header, encoding)
     return Encoding(bits_stored, signed, slope, intercept, padding)
 
 
@@ -164,8 +179,11 @@ def _rescale(dataset: Dataset) -> tuple[float, float]:
     code, remedy = ("NOT_HU", "send the CT image in HU") if is_ct else ("NO_RESCALE", "mend it")
     if is_ct and (dataset.get("RescaleType") or "HU") != "HU":
         raise refused(code, dataset, "RescaleType is not HU", remedy)
-    if "ModalityLUTSequence" in dataset or (is_ct and "RescaleSlope" not in dataset):
-        raise refused(code, dataset, "no RescaleSlope", remedy)
+    if "ModalityLUTSequence" in dataset:
+        raise refused(code, dataset, "has a Modality LUT instead of a rescale", remedy)
+    for keyword in _NEEDED.get(dataset.get("SOPClassUID"), ()):
+        if is_empty(dataset, keyword):
+            raise refused(code, dataset, f"no {keyword}", remedy)
     slope = numbers_of(dataset, "RescaleSlope", 1, code, default=(1.0,))[0]
     intercept = numbers_of(dataset, "RescaleIntercept", 1, code, default=(0.0,))[0]
     if slope == 0:
@@ -196,6 +214,9 @@ def stored_values(dataset: Dataset) -> NDArray[Any]:
         SeriesRefused: UNDECODABLE.
     """
     size = (dataset.Rows, dataset.Columns)
+    for keyword in _NEEDED_TO_DECODE:
+        if is_empty(dataset, keyword):
+            raise refused("UNDECODABLE", dataset, f"{keyword} is missing", "mend it at the source")
     try:
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:  # decoders allocate what it says
             coded = _coded_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
@@ -263,14 +284,23 @@ def pixel_digest(stored: NDArray[Any]) -> str:
 
 
 def is_lossy(dataset: Dataset) -> bool:
-    """Whether an instance has, or may have, gone through lossy compression."""
+    """Whether an instance has, or may have, gone through lossy compression.
+
+    LossyImageCompression is 00 or 01; what says something else, or only how it was compressed, has.
+    """
     syntax = dataset.file_meta.TransferSyntaxUID if hasattr(dataset, "file_meta") else None
     declared = dataset.get("LossyImageCompression")
+    how = any(dataset.get(f"LossyImageCompression{word}") for word in ("Ratio", "Method"))
     return (
-        declared == "01"
+        (declared or ("01" if how else "00")) != "00"
         or syntax in _ALWAYS_LOSSY
         or (syntax in _PERHAPS_LOSSY and declared != "00")
     )
+
+
+def is_empty(dataset: Dataset, keyword: str) -> bool:
+    """Whether an attribute is absent or has no value, whatever its value may be."""
+    return keyword not in dataset or dataset.get_item(keyword).value in (None, "", b"")
 
 
 def numbers_of(

@@ -14,7 +14,7 @@ import numpy as np
 from pydicom import Dataset
 
 from dicomnode.errors import SeriesRefused
-from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of
+from dicomnode.imaging.frames import TRANSLATABLE, Ignored, frame_number, slices_of, why_nothing
 from dicomnode.imaging.limits import check_one_patient
 from dicomnode.imaging.pixels import numbers_of
 from dicomnode.imaging.positions import (
@@ -106,8 +106,7 @@ def usable_stacks(headers: Sequence[Dataset]) -> Split:
         if item.code in ("NO_GEOMETRY", "UNDECODABLE"):
             raise SeriesRefused(item.code, item.reason, "send it again")
     if not split.stacks:
-        counts = Counter(sorted(item.code for item in split.ignored)).most_common(1)
-        code = counts[0][0] if counts else "NOT_AN_IMAGE"
+        code = why_nothing([item.code for item in split.ignored])
         raise SeriesRefused(code, f"none of {len(headers)} instances is a slice", "send slices")
     check_one_patient([header for stack in split.stacks for header in stack.datasets])
     return split
