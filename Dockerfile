@@ -1,5 +1,5 @@
 # The node without root and without CUDA. Build: docker build -t dicomnode .
-# Run:   docker run -p 11112:11112 -v $PWD/config.yaml:/app/config.yaml:ro -v dicomnode:/data dicomnode
+# Run:   docker run --stop-timeout 60 -p 11112:11112 -v $PWD/config.yaml:/app/config.yaml:ro -v dicomnode:/data dicomnode
 # In config.yaml: node.data_dir: /data. The HTTP port stays inside unless http.bind and http.token say so.
 FROM python:3.11-slim AS build
 WORKDIR /app

@@ -3,8 +3,10 @@
 One series at a time: as little memory for a million instances as for a hundred.
 """
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import select
 
@@ -51,15 +53,44 @@ def stored_of(database: Database, series_uid: str) -> list[tuple[str, str]]:
 
 def file_fault(database: Database, spool: Spool, series_uid: str, uid: str, digest: str) -> str:
     """What is wrong with the file of an instance; empty: nothing, or retention deleted it."""
+    path = spool.path(series_uid, uid)
     try:
-        if dataset_digest(spool.path(series_uid, uid))[0] == digest:
-            return ""
+        if dataset_digest(path)[0] == digest:
+            fits = _meta_fits(database, path, uid)
+            return "" if fits else "its file meta information is not what was written"
     except FileNotFoundError:
         wanted = _row(database, series_uid, uid) is False
         return "the file is missing; send the instance again" if wanted else ""
     except OSError as error:
         return f"the file cannot be read: {error.strerror}"
     return "the stored bytes are not those received"
+
+
+def _meta_fits(database: Database, path: Path, uid: str) -> bool:
+    """Does the file say of what it holds, and how it is encoded, what the journal says?
+
+    The digest is of the data set alone; the rest of the meta information decides nothing.
+    """
+    i = t.instances.c
+    query = select(i.sop_class_uid, i.transfer_syntax_uid).where(i.sop_instance_uid == uid)
+    rows = database.read(query)
+    with path.open("rb") as file:
+        meta = file.read(_META_BYTES)
+    if not rows or meta[128:132] != b"DICM":  # without a mark all of the file was digested
+        return True
+    named = (uid, *rows[0])
+    return all(_element(number, word) in meta for number, word in zip(_NAMED, named, strict=True))
+
+
+def _element(number: int, uid: str) -> bytes:
+    """A UI element of group 0002, explicit VR little endian (PS3.10 7.1)."""
+    value = uid.encode() + bytes(len(uid) % 2)
+    return struct.pack("<HH2sH", 2, number, b"UI", len(value)) + value
+
+
+_META_BYTES = 1024
+_NAMED = (0x0003, 0x0002, 0x0010)
+"""Media Storage SOP Instance and SOP Class UID, Transfer Syntax UID."""
 
 
 def _series(database: Database, spool: Spool) -> Iterator[str]:
@@ -82,7 +113,7 @@ def _stray(database: Database, series_uid: str, uid: str) -> str:
     """Why a file should not be there; empty: it came meanwhile, or is about to be deleted."""
     purged = _row(database, series_uid, uid)
     if purged is None:
-        return "a file without a journal entry; never acknowledged"
+        return "a file without a journal entry; send the instance again, or delete the file"
     going = select(t.removals.c.kind).where(t.removals.c.series_uid == series_uid)
     if purged and not database.read(going):
         return "retention deleted it, and yet its file is here; delete it"

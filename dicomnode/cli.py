@@ -1,6 +1,7 @@
 """The command line of dicomnode. Exit codes: 0 done, 1 you can mend it, 2 usage, 70 a bug."""
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from dicomnode import __version__, commands, log
 from dicomnode.commands import MENDABLE, OK
 from dicomnode.config import load_config
 from dicomnode.errors import ConfigError, DicomNodeError
+from dicomnode.premises import reason_of
 
 BUG = 70
 
@@ -21,6 +23,9 @@ BUG = 70
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters that a route has
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     log.configure("INFO" if args.command in ("serve", "demo") else "WARNING")
     try:
         code = int(args.run(args))
@@ -52,17 +57,21 @@ def serve(args: argparse.Namespace) -> int:
             os._exit(128 + signal.SIGTERM)  # at once, whatever runs: the journal recovers
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, on_signal)
+    os.umask(os.umask(0o077) | 0o027)  # the journal names patients' studies: not for everybody
     config = load_config(args.config)
     node = Node(config)
     try:
         node.start()
-    except OSError as error:
+    except ConfigError:
         node.stop()  # else its threads keep the process
+        raise
+    except OSError as error:
+        node.stop()
         where = f"{config.node.bind}:{config.node.port}"
-        why = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(f"node.port: cannot listen on {where}: {why}") from error
+        raise ConfigError(f"node.port: cannot listen on {where}: {reason_of(error)}") from error
     while not stop.wait(1.0):
         pass
     node.stop()

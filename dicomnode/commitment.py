@@ -118,8 +118,9 @@ class Commitments:
             text = "TransactionUID is in use for another request"
             raise OperationRefused(INVALID_ARGUMENT, text)
         if self._address(peer) is None:
-            with self._lock:
-                self._held[peer] = _Held(event.assoc, time.monotonic())
+            if event.assoc.is_alive():  # else it stores, too, and is not pynetdicom's
+                with self._lock:
+                    self._held[peer] = _Held(event.assoc, time.monotonic())
             self._transactions.hurry(peer, time.time())
         log.info("storage commitment %s asked by %s: %d instances", uid, peer, len(references))
         self._work.set()

@@ -11,7 +11,14 @@ from dicomnode.imaging.marks import is_synthetic
 from dicomnode.jobs import Jobs
 from dicomnode.journal import Journal, OpenSeries
 from dicomnode.routing import decide, keywords_of
-from dicomnode.series import Carriers, common_header, judge, missing_slices, read_headers
+from dicomnode.series import (
+    Carriers,
+    Verdict,
+    common_header,
+    judge,
+    missing_slices,
+    read_headers,
+)
 from dicomnode.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,7 @@ class Completion:
         self._missing: dict[str, tuple[float, int]] = {}
         self._said: dict[str, tuple[float, int, Expected | None]] = {}
         self._changed: dict[str, tuple[float, float]] = {}
+        self._explained: set[str] = set()
 
     def step(self, now: float, clock: float) -> tuple[int, int]:
         """Close what is complete; how many series were looked at, and how many closed.
@@ -72,6 +80,7 @@ class Completion:
             lambda released: self._announced(series, released),
         )
         if not verdict.complete:
+            self._say_why(series, verdict, now)
             return False
         notes = [f"complete: {verdict.reason}"]
         routes, outcome, why = self._route(series)
@@ -89,9 +98,17 @@ class Completion:
         self._carriers.forget(series.series_uid)
         self._missing.pop(series.series_uid, None)
         self._said.pop(series.series_uid, None)
+        self._explained.discard(series.series_uid)
         metrics.series_completed.labels(verdict.kind).inc()
         log.info("series %s %s; %s", series.series_uid, notes[0], outcome)
         return True
+
+    def _say_why(self, series: OpenSeries, verdict: Verdict, now: float) -> None:
+        """Once per opening, in the timeline: what an incomplete series waits for, and how long."""
+        uid = series.series_uid
+        if verdict.kind == "held" and uid not in self._explained:
+            self._journal.remark(uid, verdict.reason, now)
+            self._explained.add(uid)
 
     def _missing_slices(self, series: OpenSeries) -> int:
         """Counted once per state of the series: it is asked for every tick."""

@@ -39,6 +39,13 @@ def _not_empty(value: str) -> str | None:
     return None if value.strip() else "must not be empty"
 
 
+def _host(value: str) -> str | None:
+    try:
+        return None if value.encode("idna").strip() else "must not be empty"
+    except UnicodeError:
+        return "is no host name and no address"
+
+
 def _device(value: str) -> str | None:
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)
     return None if known else "must be auto, cpu, cuda or cuda:N"
@@ -51,7 +58,7 @@ _NOT_NEGATIVE = _between(0, 1e6)
 @dataclass(frozen=True, slots=True)
 class NodeSection:
     ae_title: str = setting("DICOMNODE", "our AE title, at most 16 characters", check=_ae_title)
-    bind: str = setting("0.0.0.0", "address the Storage SCP listens on")  # noqa: S104
+    bind: str = setting("0.0.0.0", "address the Storage SCP listens on", check=_host)  # noqa: S104
     port: int = setting(11112, "TCP port of the Storage SCP; 0 takes a free one", check=_PORT)
     data_dir: Path = setting(Path("data"), "spool, journal and results")
     unknown_callers: Literal["refuse", "accept"] = setting(
@@ -68,7 +75,7 @@ class NodeSection:
 
 @dataclass(frozen=True, slots=True)
 class HttpSection:
-    bind: str = setting("127.0.0.1", "address of the HTTP port")
+    bind: str = setting("127.0.0.1", "address of the HTTP port", check=_host)
     port: int = setting(8080, "HTTP port; 0 takes a free one", check=_PORT)
     token: str | None = setting(
         None, "bearer token; required when bind is not loopback", check=_not_empty, secret=True
@@ -78,7 +85,7 @@ class HttpSection:
 @dataclass(frozen=True, slots=True)
 class Peer:
     ae_title: str = setting("", "AE title of the peer")
-    host: str | None = setting(None, "its host name, address or network (10.0.0.0/8)")
+    host: str | None = setting(None, "its host name, address or network (10.0.0.0/8)", check=_host)
     port: int | None = setting(None, "its port, when we send to it", check=_between(1, 65535))
     storage_commitment: bool = setting(False, "ask it to commit what it accepted from us")
     max_associations: int = setting(2, "associations to it at a time", check=_between(1, 64))
@@ -226,7 +233,9 @@ def load_config(path: Path) -> NodeConfig:
         data = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name another file with --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deep") from error
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # no UTF-8, 2020-13-45, !!bool maybe
         raise ConfigError(f"{path}: not YAML: {error}") from error
     return config_from_mapping(data, path.parent)
 
@@ -261,10 +270,11 @@ def json_schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with three traps closed.
+    """YAML 1.1 with four traps closed.
 
     ``+1000`` stays text: the sign says that it is an offset. YES, NO and off stay text, as DICOM
-    and `qa` mean them; only true and false are booleans. A key given twice is an error.
+    and `qa` mean them; only true and false are booleans. Numbers are decimal: 0104 is not 68, nor
+    1:30 ninety; both stay text. A key given twice is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -275,13 +285,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in resolvers if pair[0] != _BOOL]
+    first: [pair for pair in resolvers if pair[0] not in (_BOOL, _INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     if first != "+"
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(?i:true|false)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_INT, re.compile(r"-?(0|[1-9][0-9]*)$"), list("-0123456789"))
+_DECIMAL = r"-?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|nan))$"
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_DECIMAL), list("-.0123456789"))
 
 
 def _references(config: NodeConfig) -> list[str]:

@@ -98,6 +98,11 @@ class Journal:
 
     # instances
 
+    def remark(self, series_uid: str, text: str, now: float) -> None:
+        """Add a line to the timeline of a series."""
+        with self._db.write() as db:
+            note(db, series_uid, now, text)
+
     def known(self, sop_instance_uid: str) -> tuple[str, str, bool] | None:
         """The series, digest and purged flag of a stored instance, or None."""
         rows = self._db.look_up(_KNOWN, {"uid": sop_instance_uid})

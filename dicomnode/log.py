@@ -1,6 +1,7 @@
 """Logging set up once: one line per event, UIDs and states only, never patient attributes."""
 
 import logging
+import re
 import sqlite3
 import sys
 import traceback
@@ -12,12 +13,21 @@ from dicomnode.errors import DicomNodeError
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+_QUOTED = re.compile(r"'.*'", re.DOTALL)
 _TELLING = (DicomNodeError, sqlite3.Error, NameError, AttributeError, ImportError)
 """Of these the message may be shown; those of other libraries quote values of data sets."""
 
 
 class _Formatter(logging.Formatter):
-    """Tracebacks with the places and kinds of errors, but without foreign messages."""
+    """Tracebacks with the places and kinds of errors, but without foreign messages.
+
+    What pynetdicom quotes comes from peers: a UID that is none may be a name.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name.startswith("pynetdicom"):
+            record.message = _QUOTED.sub("'...'", record.message)
+        return super().formatMessage(record)
 
     def formatException(
         self,

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pydicom import Dataset
 from pydicom.uid import generate_uid
@@ -20,7 +20,13 @@ from sqlalchemy import Connection, select
 from dicomnode import normalized as n
 from dicomnode import tables as t
 from dicomnode.errors import OperationRefused
-from dicomnode.normalized import Answer, answer, items_of, valid_uid
+from dicomnode.normalized import (
+    UNRECOGNISED_OPERATION,
+    Answer,
+    answer,
+    items_of,
+    valid_uid,
+)
 from dicomnode.part10 import MALFORMED
 from dicomnode.tables import Database, note
 
@@ -77,11 +83,19 @@ class PerformedSteps:
     @property
     def handlers(self) -> list[Any]:
         """What to bind on the listening AE."""
-        return [(evt.EVT_N_CREATE, self.on_n_create), (evt.EVT_N_SET, self.on_n_set)]
+        return [
+            (evt.EVT_N_CREATE, self.on_n_create),
+            (evt.EVT_N_SET, self.on_n_set),
+            (evt.EVT_N_GET, self.on_n_get),
+        ]
 
     def on_n_create(self, event: evt.Event) -> Answer:
         """A step begins (statuses: PS3.7 10.1.5.1.6)."""
         return answer("performed procedure step N-CREATE", lambda: self._create(event))
+
+    def on_n_get(self, event: evt.Event) -> Answer:
+        """Not an operation of this SOP class (PS3.4 F.7.2), but of its Retrieve SOP class."""
+        return answer("performed procedure step N-GET", _refuse_get)
 
     def on_n_set(self, event: evt.Event) -> Answer:
         """A step goes on or ends (statuses: PS3.7 10.1.3.1.9, PS3.4 Table F.7.2-2)."""
@@ -162,6 +176,10 @@ class PerformedSteps:
         for series_uid, instances in _series(db, uid).items():
             text = f"performed procedure step {status}: {len(instances)} instances"
             note(db, series_uid, now, text)
+
+
+def _refuse_get() -> NoReturn:
+    raise OperationRefused(UNRECOGNISED_OPERATION, "N-GET is of the MPPS Retrieve SOP class")
 
 
 def read_step(get: Callable[[], Dataset], wanted: tuple[str, ...]) -> Step:

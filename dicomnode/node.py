@@ -33,7 +33,7 @@ from dicomnode.jobs import Jobs
 from dicomnode.journal import Journal
 from dicomnode.mpps import PerformedSteps
 from dicomnode.outbox import Outbox
-from dicomnode.recovery import lock_folder, recover
+from dicomnode.recovery import lock_folder, recover, refuse_lost_journal
 from dicomnode.retention import Rules, make_room, purge
 from dicomnode.scp import LibraryService, StorageScp
 from dicomnode.series import Carriers
@@ -72,7 +72,9 @@ class Node:
         self._data_lock = lock_folder(config.node.data_dir)
         reserve = int(config.node.reserve_free_gb * 1e9)
         self._spool = Spool(config.node.data_dir, reserve)
-        self._database = Database(config.node.data_dir / "journal.db")
+        journal_file = config.node.data_dir / "journal.db"
+        refuse_lost_journal(self._spool, journal_file)
+        self._database = Database(journal_file)
         self._journal, self._jobs = Journal(self._database), Jobs(self._database)
         self._history = History(self._database)
         self._carriers = Carriers()

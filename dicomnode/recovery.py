@@ -1,13 +1,16 @@
 """What a stop, or a crash, left behind; and that only one node has a data folder."""
 
+import contextlib
 import fcntl
 import logging
+import sqlite3
 from pathlib import Path
 from typing import IO
 
 from dicomnode.errors import ConfigError, InstanceRefused
 from dicomnode.jobs import Jobs
 from dicomnode.journal import Journal
+from dicomnode.premises import link_problem
 from dicomnode.scp import read_arrival_header
 from dicomnode.spool import Spool
 
@@ -29,9 +32,43 @@ def lock_folder(data_dir: Path) -> IO[str]:
     return file
 
 
+def refuse_lost_journal(spool: Spool, journal: Path) -> None:
+    """A new journal knows nothing of what was acknowledged before: nobody would translate it.
+
+    Raises:
+        ConfigError: the file `journal` is not there, or empty, and received instances are.
+    """
+    if not _has_tables(journal) and next(spool.stored(), None) is not None:
+        raise ConfigError(
+            f"node.data_dir: {spool.received} has instances that were acknowledged, but "
+            f"{journal.name} is gone: put it or a back-up in its place; or move the folder away, "
+            "start, and send its files to the node again"
+        )
+
+
+def _has_tables(journal: Path) -> bool:
+    """Was it ever a journal? What is damaged or locked was; whoever opens it next says more."""
+    if not journal.exists():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(journal)) as db:
+            return bool(
+                db.execute("SELECT 1 FROM sqlite_master WHERE name = 'instances'").fetchall()
+            )
+    except sqlite3.Error:
+        return True
+
+
 def recover(spool: Spool, journal: Journal, jobs: Jobs, now: float) -> None:
-    """Bring files and rows together again."""
+    """Bring files and rows together again.
+
+    Raises:
+        ConfigError: the folders cannot be used.
+    """
     spool.prepare()
+    for folder in (spool.received, spool.quarantine):
+        if why := link_problem(spool.incoming, folder):
+            raise ConfigError(f"node.data_dir: {why}")
     journal.recover(now)
     jobs.recover(now)
     unsaid = []

@@ -5,6 +5,7 @@ problem is gathered with the path of its key, so that one look mends the whole f
 """
 
 import dataclasses
+import math
 import os
 import re
 import types
@@ -116,21 +117,30 @@ class Builder:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             self.fail(where, "expected a mapping with text keys")
             return {}
+        if not all(key.strip() and key.isprintable() for key in value):
+            self.fail(where, "a name is empty, or has control characters")
+            return {}
         if kind is Any:
             return value
         built = {key: self.build(kind, item, f"{where}.{key}") for key, item in value.items()}
         return types.MappingProxyType(built)
 
     def scalar(self, kind: Any, value: Any, where: str) -> Any:
+        if type(value) is str and not value.isprintable():
+            self.fail(where, "control characters are not allowed")
         if kind is Path and isinstance(value, str):
+            if not value:
+                self.fail(where, "must not be empty")
             return Path(value)
         if kind is float and type(value) is int:
-            return float(value)
+            return float(value) if abs(value) < _MOST else math.inf * (1 if value > 0 else -1)
         if type(value) is not kind:
             self.fail(where, f"expected {_NAMES.get(kind, kind.__name__)}, got {value!r:.60}")
         return value
 
 
+_MOST = 10**300
+"""Whole numbers below it fit in a float."""
 _NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",

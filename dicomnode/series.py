@@ -117,7 +117,7 @@ class Verdict:
     complete: bool
     reason: str
     kind: str = "waiting"
-    """waiting, announced, quiet, released or incomplete."""
+    """waiting, held (for slices, or a sender cut off), announced, quiet, released, incomplete."""
     missing: int = 0
     """Slices that never came."""
 
@@ -146,12 +146,13 @@ def judge(
     quiet = now - last
     hold = max(rules.hold_incomplete_seconds, rules.quiet_seconds)
     if series.interrupted and quiet < hold:
-        return _waiting("the sender was cut off by a stop of this node", hold - quiet)
+        return _waiting("the sender was cut off by a stop of this node", hold - quiet, "held")
     if released_at is None and quiet < rules.quiet_seconds:
         return _waiting("instances may still come", rules.quiet_seconds - quiet)
     missing = count_missing()
     if missing and quiet < hold:
-        return _waiting(f"{missing} slices are missing between those received", hold - quiet)
+        words = f"{missing} slices are missing between those received"
+        return _waiting(words, hold - quiet, "held")
     if missing:
         reason = f"{missing} slices are missing after {hold:g} s of waiting"
         return Verdict(True, reason, "incomplete", missing)
@@ -166,8 +167,8 @@ def judge(
     return _waiting("instances may still come", rules.quiet_seconds - quiet)
 
 
-def _waiting(why: str, seconds: float) -> Verdict:
-    return Verdict(False, f"{why}; waiting {seconds:.0f} s more")
+def _waiting(why: str, seconds: float, kind: str = "waiting") -> Verdict:
+    return Verdict(False, f"{why}; waiting {seconds:.0f} s more", kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from dicomnode.errors import CannotUnderstand, OutOfResources
 
-_UID = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*")
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
+"""A component that begins with 0 breaks PS3.5 9.1, but de-identifiers write it: it is harmless."""
 _PREAMBLE = 132
 DRAFTS = ".draft-"
 """How the names of folders under results begin in which a series is not finished."""
@@ -150,7 +151,7 @@ class Spool:
     def drop(self, parts: Collection[Path]) -> None:
         """Remove files in `incoming` under both their names, which only the inode tells."""
         numbers = {part.stat().st_ino for part in parts}
-        for folder in self.received.iterdir():
+        for folder in filter(Path.is_dir, self.received.iterdir()):
             with os.scandir(folder) as entries:
                 doomed = [entry.path for entry in entries if entry.inode() in numbers]
             for path in doomed:

@@ -110,6 +110,11 @@ def test_the_same_bytes_again_are_acknowledged_and_kept_once(peer: Wire, spool: 
     assert _lies(spool) == {"received": ["1.5"], "quarantine": []}
 
 
+def test_a_uid_with_a_leading_zero_is_stored_as_it_came(peer: Wire, spool: Spool) -> None:
+    assert _sent(peer, series="1.2.05") == 0
+    assert _lies(spool) == {"received": ["1.2.05"], "quarantine": []}
+
+
 @pytest.mark.parametrize("series", ["1.5", "1.6"], ids=["same series", "another series"])
 def test_other_bytes_are_refused_and_set_aside(peer: Wire, spool: Spool, series: str) -> None:
     assert _sent(peer) == 0

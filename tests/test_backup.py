@@ -23,6 +23,7 @@ from dicomnode.migrations import SCHEMA_VERSION, version_of
 from dicomnode.retention import Rules, purge
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
+from dicomnode.upper_layer.incoming import file_meta
 from tests.factories import ct_series, write_series
 from tests.peers import (
     ORTHANC,
@@ -107,6 +108,19 @@ def copied_faults(target: Path) -> list[Fault | int]:
     found = list(storage_faults(database, Spool(target)))
     database.close()
     return found
+
+
+def test_a_changed_meta_information_is_found(data: Data) -> None:
+    """Another transfer syntax there, and the same bytes are other pixels."""
+    meta = file_meta("1.2", "1.3.1", "1.2", "CT1", "1.9", "X")
+    data.receive("1.3", "1.3.1", meta + b"data set ")
+    assert data.faults() == [7]
+    path = data.spool.path("1.3", "1.3.1")
+    sound = path.read_bytes()
+    for was, now in ((b"\x10\0UI\4\x001.2", b"\x10\0UI\4\x001.7"), (b"1.3.1", b"1.3.2")):
+        path.write_bytes(sound.replace(was, now, 1))
+        what = "its file meta information is not what was written"
+        assert data.faults() == [Fault("1.3.1", "1.3", what), 7]
 
 
 # the backup

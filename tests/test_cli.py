@@ -284,6 +284,9 @@ def test_explain_says_what_the_model_of_a_route_would_refuse(site: Path, run: Ru
     for change, code in (
         ({"LossyImageCompression": "01"}, "LOSSY"),
         ({"BurnedInAnnotation": "YES"}, "BURNED_IN"),
+        ({"RescaleType": "US"}, "NOT_HU"),
+        ({"HighBit": 15}, "NOT_16_BIT"),
+        ({"PixelSpacing": ["0", "0"]}, "NO_GEOMETRY"),
     ):
         write_series(changed(ct_series(3, BodyPartExamined="CHEST"), **change), site / "in")
         assert f"'identity': would be refused: {code}: " in run("explain", site / "in")[1]
@@ -295,6 +298,8 @@ def test_explain_says_why_there_is_no_stack(site: Path, run: Run) -> None:
     write_series([localizer(ct_series(2, 16, 16)[0])], site / "in")
     out = run("explain", site / "in")[1]
     assert "  no stack: LOCALIZER: none of 1 instances is a slice; send slices\n" in out
+    assert "    no stack of it would be translated: nothing is made or sent\n" in out
+    assert "the result is" not in out
 
 
 def test_explain_tells_programs_the_same(site: Path, run: Run) -> None:

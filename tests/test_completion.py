@@ -3,17 +3,20 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
+from dicomnode import tables as t
 from dicomnode.completion import Completion
 from dicomnode.config import config_from_mapping
 from dicomnode.jobs import Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event
-from dicomnode.series import Carriers
+from dicomnode.series import Carriers, Plane
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions
@@ -40,12 +43,21 @@ class Reception:
             config, self.spool, self.journal, self.jobs, self.carriers, lambda _: None
         )
 
-    def receive(self, uid: str, now: float, series: str = "1.1") -> None:
-        facts = (series, "1", "CT", "1.2", "1.2", "0" * 64, 1, "CT1", "DICOMNODE", None, None)
+    def receive(
+        self, uid: str, now: float, series: str = "1.1", plane: Plane | None = None
+    ) -> None:
+        facts = (series, "1", "CT", "1.2", "1.2", "0" * 64, 1, "CT1", "DICOMNODE", None, plane)
         self.journal.record_instance(Arrival(uid, *facts), now)
+
+    def events(self) -> Sequence[Any]:
+        return self.database.read(select(t.events.c.text).order_by(t.events.c.id))
 
     def closed(self, now: float, clock: float) -> bool:
         return self.completion.step(now, clock)[1] == 1
+
+
+def plane(place: float) -> Plane:
+    return {"position": [0.0, 0.0, place], "orientation": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]}
 
 
 @pytest.fixture
@@ -90,6 +102,17 @@ def test_after_a_start_the_waiting_begins_anew(tmp_path: Path) -> None:
     again = Reception(tmp_path)
     assert not again.closed(NOW + YEAR, 5.0)
     assert again.closed(NOW + YEAR, 15.0)
+
+
+def test_the_timeline_says_once_what_an_incomplete_series_waits_for(reception: Reception) -> None:
+    for place in (0, 2, 4, 8):
+        reception.receive(f"1.1.{place}", NOW, plane=plane(place))
+    for second in (0, 11, 12, 299):
+        assert not reception.closed(NOW + second, 100.0 + second)
+    texts = [event.text for event in reception.events()]
+    waits = "1 slices are missing between those received; waiting 289 s more"
+    assert texts == ["first instance from CT1", waits]
+    assert reception.closed(NOW + 300, 400.0)
 
 
 numbers = itertools.count()

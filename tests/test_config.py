@@ -82,7 +82,14 @@ WRONG: list[tuple[Any, str]] = [
     ({"peers": {"a": {"ae_title": "A", "host": "10.0.0.1/8"}}}, "peers.a.host: 10.0.0.1/8 has"),
     ({"peers": {7: {"ae_title": "A"}}}, "peers: expected a mapping with text keys"),
     ({"http": {"bind": "192.0.2.1"}}, "http.token: required when http.bind is not loopback"),
-    ({"http": {"bind": ""}}, "http.token: required when http.bind is not loopback"),
+    ({"http": {"bind": ""}}, "http.bind: must not be empty"),
+    ({"node": {"bind": "a..b"}}, "node.bind: is no host name and no address"),
+    ({"node": {"bind": "a" * 64}}, "node.bind: is no host name and no address"),
+    ({"node": {"data_dir": "a\0b"}}, "node.data_dir: control characters are not allowed"),
+    ({"node": {"data_dir": ""}}, "node.data_dir: must not be empty"),
+    ({"peers": {"a\nb": {"ae_title": "A"}}}, "peers: a name is empty, or has control characters"),
+    ({"peers": {" ": {"ae_title": "A"}}}, "peers: a name is empty, or has control characters"),
+    ({"series": {"quiet_seconds": 10**400}}, "series.quiet_seconds: must be between 0"),
     ({"http": {"bind": "127.0.0.1.example"}}, "http.token: required when http.bind is not"),
     ({"http": {"token": ""}}, "http.token: must not be empty"),
     ({"routes": {}}, "routes: expected a list"),
@@ -187,10 +194,31 @@ def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
         _from_text(tmp_path, "routes: []\npeers: {}\nroutes: []\n")
 
 
-@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.getcwd []", "a: \x00"])
+NOT_YAML = ["a: [", "!!python/object/apply:os.getcwd []", "a: \x00", "a: 2020-13-45", "a: !!bool x"]
+
+
+@pytest.mark.parametrize("text", [*NOT_YAML, f"a: {'9' * 5000}"])
 def test_what_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="not YAML"):
         _from_text(tmp_path, text)
+
+
+def test_yaml_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nested too deep"):
+        _from_text(tmp_path, f"peers: {'[' * 5000}")
+
+
+@pytest.mark.parametrize("text", ["0104", "1:30", "1_000", "0x50", "0b1"])
+def test_a_number_is_decimal_or_no_number(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 would read 68, 90, 1000, 80 and 1."""
+    with pytest.raises(ConfigError, match=rf"node\.port: expected a whole number, got '{text}'"):
+        _from_text(tmp_path, f"node: {{port: {text}}}")
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
+    section = _from_text(tmp_path, "series: {quiet_seconds: 0.5, quiet_seconds_if_released: 0}")
+    assert section.series.quiet_seconds == 0.5
+    assert section.series.quiet_seconds_if_released == 0
 
 
 def test_an_absent_file_says_how_to_name_another(tmp_path: Path) -> None:

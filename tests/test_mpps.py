@@ -43,6 +43,7 @@ class Ris:
         handlers: list[Any] = [
             (evt.EVT_N_CREATE, lambda event: self._handler(evt.EVT_N_CREATE)(event)),
             (evt.EVT_N_SET, lambda event: self._handler(evt.EVT_N_SET)(event)),
+            (evt.EVT_N_GET, lambda event: self._handler(evt.EVT_N_GET)(event)),
         ]
         self._server: Any = listening.start_server(
             ("127.0.0.1", 0), block=False, evt_handlers=handlers
@@ -67,6 +68,9 @@ class Ris:
 
     def change(self, uid: str, attributes: Dataset) -> Dataset:
         return self._association.send_n_set(attributes, ModalityPerformedProcedureStep, uid)[0]
+
+    def ask(self, uid: str) -> Dataset:
+        return self._association.send_n_get([], ModalityPerformedProcedureStep, uid)[0]
 
     def on_answer(self, handler: Callable[[Any], None]) -> None:
         """Bind what is told of the next messages from the service."""
@@ -226,6 +230,10 @@ def test_a_finished_step_may_no_longer_be_updated(ris: Ris, status: str) -> None
 
 def test_a_step_exists_once(ris: Ris) -> None:
     assert ris.create(ris.begin(), beginning()).Status == 0x0111
+
+
+def test_a_step_is_not_read_out_by_this_class(ris: Ris) -> None:
+    assert ris.ask(ris.begin()).Status == 0x0211
 
 
 def test_an_unknown_step_cannot_be_changed(ris: Ris) -> None:

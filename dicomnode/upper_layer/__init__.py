@@ -2,7 +2,8 @@
 
 Read in this order: `listener` (connections and threads), `association` (PS3.8: states), `pdu`
 (PS3.8: bytes), `negotiation`, `service` (PS3.7: messages), `dimse` (PS3.7: bytes), `incoming` (the
-file); and `calling`, the requestor. pynetdicom serves every other service, through `Library`.
+file); and `calling`, the requestor. pynetdicom serves every other service, through `Library`, or
+through `guests` on an association that stores as well.
 """
 
 from dicomnode.upper_layer.calling import Call, Lost, NotConnected, Patience, Rejected, Titles

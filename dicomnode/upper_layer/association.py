@@ -15,13 +15,14 @@ from typing import Literal
 
 from dicomnode.upper_layer import pdu
 from dicomnode.upper_layer.dimse import InvalidCommand
-from dicomnode.upper_layer.negotiation import answered, is_ours
+from dicomnode.upper_layer.negotiation import answered, is_storage
 from dicomnode.upper_layer.pdu import AbortReason, ContextResult, InvalidPdu, PduType
 from dicomnode.upper_layer.service import (
     SMALL_BUFFER,
     Handler,
     Identity,
     Limits,
+    Others,
     Requestor,
     Service,
 )
@@ -120,13 +121,14 @@ class Association:
         identity: Identity,
         limits: Limits,
         slots: threading.Semaphore,
-        elsewhere: Callable[[str], bool],
+        others: Others | None,
     ) -> None:
-        """`slots`: one is held while accepted. `elsewhere`: SOP classes that others serve."""
+        """`slots`: one is held while accepted. `others`: serve what is not Storage."""
         self.state = State.IDLE
         self._connection, self._host, self._handler = connection, host, handler
         self._identity, self._limits = identity, limits
-        self._slots, self._elsewhere = slots, elsewhere
+        self._slots, self._others = slots, others
+        self._services = {} if others is None else others.services
         self._stream = Stream(connection, SMALL_BUFFER)
         self._requestor: Requestor | None = None  # while accepted
         self._service: Service | None = None
@@ -216,9 +218,9 @@ class Association:
         body = self._stream.collect(self._pdu_length)
         request = pdu.read_associate_request(body)
         self._peer_max_length = request.user.max_length
-        if 0 < self._peer_max_length <= pdu.PDV_HEADER.size:
+        if 0 < self._peer_max_length < pdu.PDV_HEADER.size + 2:  # values have even lengths
             raise InvalidPdu("the maximum length leaves no room for data")
-        if any(self._is_elsewhere(context.abstract_syntax) for context in request.contexts):
+        if self._is_elsewhere({context.abstract_syntax for context in request.contexts}):
             header = pdu.HEADER.pack(PduType.ASSOCIATE_RQ, self._pdu_length)
             self._untouched = header + body + self._stream.rest()
             return State.AWAITING_REQUEST
@@ -235,8 +237,9 @@ class Association:
             self._fire(Event.REJECT)
         return self.state
 
-    def _is_elsewhere(self, abstract_syntax: str) -> bool:
-        return not is_ours(abstract_syntax) and self._elsewhere(abstract_syntax)
+    def _is_elsewhere(self, proposed: set[str]) -> bool:
+        """Is it pynetdicom's? Who may store, too, stays here, where data sets go to disk."""
+        return not any(map(is_storage, proposed)) and not self._services.keys().isdisjoint(proposed)
 
     def _judge(self, request: pdu.AssociateRequest, requestor: Requestor) -> pdu.Rejection | None:
         if not request.protocol_version & 1:
@@ -253,22 +256,25 @@ class Association:
     def _accept(self, request: pdu.AssociateRequest, requestor: Requestor) -> bytes:
         """Negotiate; the A-ASSOCIATE-AC."""
         allows = functools.partial(self._handler.allows, requestor)
-        answers = [answered(context, request.user, allows) for context in request.contexts]
+        user, services = request.user, self._services
+        answers = [answered(context, user, allows, services) for context in request.contexts]
         abstract = {context.context_id: context.abstract_syntax for context in request.contexts}
         contexts = {
             answer.context_id: (abstract[answer.context_id], answer.transfer_syntax)
             for answer in answers
             if answer.result is ContextResult.ACCEPTANCE
         }
-        self._service = Service(
-            self._handler, requestor, contexts, self._identity, self._limits, self._stream
-        )
+        others, longest = self._others, user.max_length
+        guest = None if others is None else others.guest(requestor, contexts, longest)
+        who = (self._handler, requestor, contexts, self._identity)
+        self._service = Service(*who, self._limits, self._stream, longest, guest)
         return pdu.associate_accept(
             request,
             answers,
             self._limits.max_pdu_bytes,
             self._identity.implementation_class_uid,
             self._identity.implementation_version_name,
+            [uid for uid, may_report in services.items() if may_report],
         )
 
     def _ae_7(self) -> State:
@@ -301,7 +307,7 @@ class Association:
                 raise InvalidPdu("a presentation data value does not fit its PDU")
             answer = self._service.fragment(context_id, control, length - 2)
             if answer is not None:
-                self._outgoing = pdu.p_data_command(context_id, answer, self._peer_max_length)
+                self._outgoing = answer
                 self._fire(Event.P_DATA_REQUEST)
         if self._service is not None:
             self._service.take_whole_pdus()

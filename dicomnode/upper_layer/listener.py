@@ -5,17 +5,20 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pynetdicom import AE, evt
+from pynetdicom import AE, _config, evt
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
 from dicomnode.upper_layer import pdu
 from dicomnode.upper_layer.association import Association
-from dicomnode.upper_layer.service import Handler, Identity, Limits
+from dicomnode.upper_layer.guests import Guest, refuse_incomplete
+from dicomnode.upper_layer.negotiation import is_ours
+from dicomnode.upper_layer.service import Handler, Identity, Limits, Requestor
 
 log = logging.getLogger(__name__)
+_config.LOG_HANDLER_LEVEL = "none"  # what it would log we never show, and it fails on some requests
 
 _BACKLOG = 1024
 _MAX_WAITING = 128
@@ -40,14 +43,25 @@ class Library:
 
     def __init__(self, ae: AE, handlers: list[Any], limits: Limits) -> None:
         """`ae`: its supported contexts are what it serves. `handlers`: its `evt_handlers`."""
-        self._services = {str(context.abstract_syntax) for context in ae.supported_contexts}
+        self.services: Mapping[str, bool] = {
+            str(context.abstract_syntax): bool(context.scp_role)
+            for context in ae.supported_contexts
+            if not is_ours(str(context.abstract_syntax))
+        }
         self._server = _Unbound(
             ae, ("127.0.0.1", 0), ae.ae_title, ae.supported_contexts, evt_handlers=handlers
         )
         self._limits = limits
 
-    def serves(self, abstract_syntax: str) -> bool:
-        return abstract_syntax in self._services
+    def guest(
+        self, requestor: Requestor, contexts: Mapping[int, tuple[str, str]], max_length: int
+    ) -> Guest | None:
+        """Serves what of `contexts` is its own on an association of ours; None: nothing is."""
+        server, who = self._server, requestor
+        mine = {number: names for number, names in contexts.items() if names[0] in self.services}
+        if not mine:
+            return None
+        return Guest(server.ae, server._handlers, who.calling_ae, who.host, mine, max_length)
 
     def serve(self, connection: socket.socket, address: Any, received: bytes) -> None:
         """Run an association to its end."""
@@ -89,6 +103,7 @@ class _HandOver(RequestHandler):
         replay = _Replay(association, self.request, self._received, self._limits)
         association.dul.socket = replay
         association.dul.event_queue.get_nowait()  # two sockets announced one connection
+        refuse_incomplete(association, replay.note)
         evt.trigger(association, evt.EVT_CONN_OPEN, {"address": self.client_address})
         association.start()
         association.join()
@@ -113,12 +128,15 @@ class _Replay(AssociationSocket):
         """Called for the header and for the rest of each PDU, when those before it are decoded."""
         why = "a PDU is longer than we announced" if nr_bytes > self._most else self._too_much()
         if why:
-            log.warning("association from %s: %s", self._association.requestor.address, why)
+            self.note(why)
             self.send(pdu.abort(2, pdu.AbortReason.INVALID_PARAMETER))
             raise ConnectionAbortedError(why)
         first = bytearray(self._received[:nr_bytes])
         self._received = self._received[nr_bytes:]
         return first + super().recv(nr_bytes - len(first)) if len(first) < nr_bytes else first
+
+    def note(self, words: str) -> None:
+        log.warning("association from %s: %s", self._association.requestor.address, words)
 
     def _too_much(self) -> str:
         """Which limit is passed by what the library holds of this association; empty: none."""
@@ -306,7 +324,7 @@ class Listener:
             identity=self._identity,
             limits=self._limits,
             slots=self._slots,
-            elsewhere=(lambda _: False) if library is None else library.serves,
+            others=library,
         )
         return connection.association.run()
 

@@ -6,7 +6,7 @@ Items we do not know are skipped, as PS3.8 9.3.1 asks.
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -253,18 +253,23 @@ def associate_accept(
     max_length: int,
     implementation_class_uid: str,
     implementation_version_name: str,
+    reporting: Collection[str] = (),
 ) -> bytes:
-    """An A-ASSOCIATE-AC (PS3.8 9.3.3): we are SCP only, one operation at a time."""
+    """An A-ASSOCIATE-AC (PS3.8 9.3.3): we are SCP only, one operation at a time.
+
+    `reporting`: SOP classes of which the requestor may be SCP.
+    """
     abstract = {context.context_id: context.abstract_syntax for context in request.contexts}
     accepted = {abstract[c.context_id] for c in contexts if c.result is ContextResult.ACCEPTANCE}
     user = _item(0x51, max_length.to_bytes(4, "big"))
     user += _item(0x52, implementation_class_uid.encode("ascii"))
     if request.user.asynchronous:
         user += _item(0x53, struct.pack(">HH", 1, 1))
-    for sop_class, (scu, _) in (request.user.roles or {}).items():
+    for sop_class, (scu, scp) in (request.user.roles or {}).items():
         if sop_class in accepted:
             name = sop_class.encode("ascii")
-            user += _item(0x54, struct.pack(">H", len(name)) + name + bytes([scu, 0]))
+            roles = bytes([scu, scp and sop_class in reporting])
+            user += _item(0x54, struct.pack(">H", len(name)) + name + roles)
     user += _item(0x55, implementation_version_name.encode("ascii"))
     answers = b"".join(
         _item(0x21, bytes([c.context_id, 0, c.result, 0]) + _item(0x40, c.transfer_syntax.encode()))
@@ -356,6 +361,12 @@ def abort(source: int, reason: int) -> bytes:
     return _pdu(PduType.ABORT, bytes([0, 0, source, reason]))
 
 
+def p_data(context_id: int, fragment: bytes) -> bytes:
+    """A fragment behind its message control header as a P-DATA-TF PDU (PS3.8 9.3.5, E.2)."""
+    header = struct.pack(">LB", len(fragment) + 1, context_id)
+    return _pdu(PduType.P_DATA_TF, header + fragment)
+
+
 def p_data_command(context_id: int, command: bytes, max_length: int) -> bytes:
     """A command set as P-DATA-TF PDUs no longer than the peer takes (PS3.8 9.3.5, PS3.7 6.3.1)."""
     most = (
@@ -365,9 +376,7 @@ def p_data_command(context_id: int, command: bytes, max_length: int) -> bytes:
     for at in range(0, len(command), most):
         part = command[at : at + most]
         control = 3 if at + most >= len(command) else 1
-        pdus.append(
-            _pdu(PduType.P_DATA_TF, PDV_HEADER.pack(len(part) + 2, context_id, control) + part)
-        )
+        pdus.append(p_data(context_id, bytes([control]) + part))
     return b"".join(pdus)
 
 

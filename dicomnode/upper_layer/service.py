@@ -2,15 +2,17 @@
 
 import logging
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from dicomnode.errors import InstanceRefused
-from dicomnode.upper_layer import dimse
+from dicomnode.upper_layer import dimse, pdu
 from dicomnode.upper_layer.dimse import Command, CommandField, InvalidCommand
+from dicomnode.upper_layer.guests import Guest
 from dicomnode.upper_layer.incoming import BLOCK, Incoming, Received, file_meta
-from dicomnode.upper_layer.negotiation import VERIFICATION
+from dicomnode.upper_layer.negotiation import VERIFICATION, is_ours
 from dicomnode.upper_layer.pdu import (
     HEADER,
     PDV_HEADER,
@@ -103,6 +105,21 @@ class Handler(Protocol):
         """Called once for each `request` that got None, before the connection closes."""
 
 
+class Others(Protocol):
+    """Services beside Storage and Verification."""
+
+    services: Mapping[str, bool]
+    """Their abstract syntaxes; may the requestor be SCP, too?"""
+
+    def guest(
+        self, requestor: Requestor, contexts: Mapping[int, tuple[str, str]], max_length: int
+    ) -> Guest | None:
+        """Serves what of `contexts` is theirs to one requestor; None: nothing is.
+
+        `max_length`: of a PDU that it takes; 0: any.
+        """
+
+
 class Service:
     """The messages of one association, one after the other."""
 
@@ -114,11 +131,17 @@ class Service:
         identity: Identity,
         limits: Limits,
         stream: Stream,
+        max_length: int,
+        guest: Guest | None = None,
     ) -> None:
-        """`contexts`: abstract and transfer syntax of the accepted ones, by ID."""
+        """`contexts`: abstract and transfer syntax of the accepted ones, by ID. `max_length`: of a
+        PDU that the peer takes; 0: any. `guest`: serves those that are not `is_ours`."""
         self._handler, self._requestor = handler, requestor
         self._contexts, self._identity = contexts, identity
         self._limits, self._stream = limits, stream
+        self._max_length, self._guest = max_length, guest
+        self._guest_command = b""  # complete; whatever data set it has is gathered
+        self._gathered = bytearray()
         self._context_id = 0  # of the message that is being received; 0: none
         self._command_set = bytearray()
         self._command: Command | None = None  # complete; its data set is being received
@@ -154,7 +177,9 @@ class Service:
         self._stream.resize(SMALL_BUFFER)
 
     def fragment(self, context_id: int, control: int, length: int) -> bytes | None:
-        """Take one presentation data value (PS3.8 Annex E); the answer, when a message is whole.
+        """Take one presentation data value (PS3.8 Annex E).
+
+        Returns the PDUs that answer, when a message is whole.
 
         Raises:
             InvalidPdu: the fragment does not belong here.
@@ -205,11 +230,14 @@ class Service:
 
     def _begin(self) -> Command:
         """A command set is whole: judge it, and get ready for its data set."""
-        command = dimse.read_command(bytes(self._command_set))
-        self._command_set = bytearray()
+        whole, self._command_set = bytes(self._command_set), bytearray()
+        command = dimse.read_command(whole)
         if command.is_response:
             raise InvalidCommand("a response to nothing that we asked")
         abstract_syntax, transfer_syntax = self._contexts[self._context_id]
+        if not is_ours(abstract_syntax):
+            self._guest_command = whole
+            return command
         self._refusal = _refusal(command, abstract_syntax)
         if self._refusal is None and command.field == CommandField.C_STORE_RQ:
             self._open(command, transfer_syntax)
@@ -242,6 +270,8 @@ class Service:
             self._keep(data)
 
     def _keep(self, data: memoryview) -> None:
+        if self._guest_command:
+            self._gather(data)
         if self._incoming is None:
             return
         try:
@@ -252,15 +282,22 @@ class Service:
         if self._incoming.size > self._limits.max_data_set_bytes:
             self._refuse((dimse.OUT_OF_RESOURCES, "the data set is too large for this node"))
 
+    def _gather(self, data: memoryview) -> None:
+        self._gathered += data
+        if len(self._gathered) > self._limits.max_library_bytes:
+            raise InvalidCommand("the data set is too long")
+
     def _refuse(self, why: tuple[int, str]) -> None:
         self._refusal = why
         self.discard()
 
     def _complete(self, command: Command) -> bytes | None:
-        """A message is whole: do what it asks; the answer."""
+        """A message is whole: do what it asks; the PDUs that answer."""
         self._command = None
-        transfer_syntax = self._contexts[self._context_id][1]
+        context_id, transfer_syntax = self._context_id, self._contexts[self._context_id][1]
         self._context_id = 0
+        if self._guest_command:
+            return self._ask_guest(context_id)
         if command.field == CommandField.C_CANCEL_RQ:
             return None  # nothing to cancel, and no answer (PS3.7 9.3.2.3)
         status, comment = self._refusal or (dimse.SUCCESS, "")
@@ -270,7 +307,16 @@ class Service:
             status, comment = self._store(self._incoming, command, transfer_syntax)
         if command.field == CommandField.C_STORE_RQ:
             self._handler.answered(self._requestor, status)
-        return dimse.response(command, status, comment)
+        answer = dimse.response(command, status, comment)
+        return pdu.p_data_command(context_id, answer, self._max_length)
+
+    def _ask_guest(self, context_id: int) -> bytes:
+        command, self._guest_command = self._guest_command, b""
+        data_set, self._gathered = bytes(self._gathered), bytearray()
+        if self._guest is None:
+            raise InvalidCommand("nobody serves this presentation context")
+        fragments = self._guest.answer(context_id, command, data_set)
+        return b"".join(pdu.p_data(context_id, fragment) for fragment in fragments)
 
     def _store(self, incoming: Incoming, command: Command, transfer_syntax: str) -> tuple[int, str]:
         try:

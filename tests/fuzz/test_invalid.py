@@ -111,6 +111,7 @@ def _requests() -> list[Any]:
         pytest.param(wire.associate_rq([(1, CT, ())])[6:], id="no syntax"),
         pytest.param(wire.associate_rq(user=wire.item(0x99, b"") * 2000)[6:], id="many items"),
         pytest.param(wire.associate_rq(max_length=6)[6:], id="no room for data"),
+        pytest.param(wire.associate_rq(max_length=7)[6:], id="room for one byte"),
         pytest.param(wire.associate_rq(user=wire.item(0x54, b"\xff\xff1"))[6:], id="role length"),
     ]
 
