@@ -116,9 +116,10 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 @pytest.mark.network
 def test_a_node_without_its_journal_does_not_start(node: Node) -> None:
-    before = os.umask(0)
+    before = os.umask(0), signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run this
     node.start()
-    os.umask(before)
+    os.umask(before[0])
+    signal.signal(signal.SIGHUP, before[1])
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (node.folder / "data").iterdir()]
     assert not any(mode & 0o027 for mode in modes)  # it knows which patient has which study
     assert node.process is not None
