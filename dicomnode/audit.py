@@ -3,7 +3,6 @@
 One series at a time: as little memory for a million instances as for a hundred.
 """
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sqlalchemy import select
 from dicomnode import tables as t
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
+from dicomnode.upper_layer.incoming import meta_element
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,16 @@ class Fault:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the journal says of an instance whose file should be there."""
+
+    uid: str
+    digest: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+
+
 def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
     """Compare every row with its file, and every file with its row.
 
@@ -33,64 +43,58 @@ def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
     compared = 0
     for series_uid in _series(database, spool):
         here = {path.stem for path in (spool.received / series_uid).glob("*.dcm")}
-        for uid, digest in stored_of(database, series_uid):
+        for stored in stored_of(database, series_uid):
             compared += 1
-            here.discard(uid)
-            if what := file_fault(database, spool, series_uid, uid, digest):
-                yield Fault(uid, series_uid, what)
+            here.discard(stored.uid)
+            if what := file_fault(database, spool, series_uid, stored):
+                yield Fault(stored.uid, series_uid, what)
         for uid in sorted(here):
             if what := _stray(database, series_uid, uid):
                 yield Fault(uid, series_uid, what)
     yield compared
 
 
-def stored_of(database: Database, series_uid: str) -> list[tuple[str, str]]:
-    """SOP Instance UID and digest of each instance of a series whose file should be there."""
+def stored_of(database: Database, series_uid: str) -> list[Stored]:
+    """Each instance of a series whose file should be there."""
     i = t.instances.c
-    query = select(i.sop_instance_uid, i.sha256).where(i.series_uid == series_uid, ~i.purged)
-    return [(uid, digest) for uid, digest in database.read(query)]
+    what = (i.sop_instance_uid, i.sha256, i.sop_class_uid, i.transfer_syntax_uid)
+    rows = database.read(select(*what).where(i.series_uid == series_uid, ~i.purged))
+    return [Stored(*row) for row in rows]
 
 
-def file_fault(database: Database, spool: Spool, series_uid: str, uid: str, digest: str) -> str:
+def file_fault(database: Database, spool: Spool, series_uid: str, stored: Stored) -> str:
     """What is wrong with the file of an instance; empty: nothing, or retention deleted it."""
-    path = spool.path(series_uid, uid)
+    path = spool.path(series_uid, stored.uid)
     try:
-        if dataset_digest(path)[0] == digest:
-            fits = _meta_fits(database, path, uid)
+        if dataset_digest(path)[0] == stored.digest:
+            fits = _meta_fits(path, stored)
             return "" if fits else "its file meta information is not what was written"
     except FileNotFoundError:
-        wanted = _row(database, series_uid, uid) is False
+        wanted = _row(database, series_uid, stored.uid) is False
         return "the file is missing; send the instance again" if wanted else ""
     except OSError as error:
         return f"the file cannot be read: {error.strerror}"
     return "the stored bytes are not those received"
 
 
-def _meta_fits(database: Database, path: Path, uid: str) -> bool:
+def _meta_fits(path: Path, stored: Stored) -> bool:
     """Does the file say of what it holds, and how it is encoded, what the journal says?
 
     The digest is of the data set alone; the rest of the meta information decides nothing.
     """
-    i = t.instances.c
-    query = select(i.sop_class_uid, i.transfer_syntax_uid).where(i.sop_instance_uid == uid)
-    rows = database.read(query)
     with path.open("rb") as file:
         meta = file.read(_META_BYTES)
-    if not rows or meta[128:132] != b"DICM":  # without a mark all of the file was digested
+    if meta[128:132] != b"DICM":  # without a mark all of the file was digested
         return True
-    named = (uid, *rows[0])
-    return all(_element(number, word) in meta for number, word in zip(_NAMED, named, strict=True))
-
-
-def _element(number: int, uid: str) -> bytes:
-    """A UI element of group 0002, explicit VR little endian (PS3.10 7.1)."""
-    value = uid.encode() + bytes(len(uid) % 2)
-    return struct.pack("<HH2sH", 2, number, b"UI", len(value)) + value
+    named = {  # Media Storage SOP Class and Instance UID, Transfer Syntax UID
+        0x0002: stored.sop_class_uid,
+        0x0003: stored.uid,
+        0x0010: stored.transfer_syntax_uid,
+    }
+    return all(meta_element(number, "UI", uid.encode()) in meta for number, uid in named.items())
 
 
 _META_BYTES = 1024
-_NAMED = (0x0003, 0x0002, 0x0010)
-"""Media Storage SOP Instance and SOP Class UID, Transfer Syntax UID."""
 
 
 def _series(database: Database, spool: Spool) -> Iterator[str]:

@@ -65,7 +65,7 @@ def _whole(data_dir: Path, live: Database, part: Path, target: Path) -> Copied:
             sync_folder(folder)
         part.rename(target)  # over an empty folder, if there is one
         sync_folder(part.parent)
-    except BaseException:
+    except BaseException:  # raised again: whatever it is, half a back-up is none
         shutil.rmtree(part, ignore_errors=True)
         raise
     return copied
@@ -115,11 +115,12 @@ class _Copy:
         for (series_uid,) in copy.read(select(t.series.c.series_uid)):
             gone = []
             (self._to.received / series_uid).mkdir()
-            for uid, digest in stored_of(copy, series_uid):
+            for stored in stored_of(copy, series_uid):
+                uid = stored.uid
                 source, target = (spool.path(series_uid, uid) for spool in (self._from, self._to))
                 there = self._place(source, target)
                 self._copied.received += there
-                what = file_fault(live, self._to if there else self._from, series_uid, uid, digest)
+                what = file_fault(live, self._to if there else self._from, series_uid, stored)
                 if what:
                     self._copied.faults.append(Fault(uid, series_uid, what))
                 elif not there:

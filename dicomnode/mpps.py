@@ -20,15 +20,10 @@ from sqlalchemy import Connection, select
 from dicomnode import normalized as n
 from dicomnode import tables as t
 from dicomnode.errors import OperationRefused
-from dicomnode.normalized import (
-    UNRECOGNISED_OPERATION,
-    Answer,
-    answer,
-    items_of,
-    valid_uid,
-)
+from dicomnode.normalized import Answer, answer, items_of, valid_uid
 from dicomnode.part10 import MALFORMED
 from dicomnode.tables import Database, note
+from dicomnode.upper_layer.dimse import UNRECOGNISED_OPERATION
 
 log = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ class Draft:
                 raise self._failure
             buffer = BytesIO()
             dataset.save_as(buffer, enforce_file_format=True)
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, nobody will free the room
             self._room.release()
             raise
         uid = str(dataset.SOPInstanceUID)

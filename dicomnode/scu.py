@@ -144,7 +144,7 @@ def _calling(address: Address, contexts: Sequence[tuple[str, str]]) -> Iterator[
     except DeliveryRefused:
         call.release()
         raise
-    except BaseException:
+    except BaseException:  # raised again: whatever it is, the association is out of step
         call.abort()
         raise
     call.release()

@@ -64,7 +64,7 @@ def translate(
         return Outcome(broken=OutOfMemory.__name__, detail="no memory left")
     except DicomNodeError as error:
         return Outcome(broken=type(error).__name__, detail=str(error))
-    except Exception as error:
+    except Exception as error:  # one job that breaks must not end the worker
         damage = _damage(order, error) if isinstance(order, Order) else ""
         if damage:
             return Outcome(refusal="UNREADABLE", detail=f"{damage}; send it again")

@@ -99,20 +99,20 @@ def file_meta(
     """Preamble, prefix and File Meta Information of a received instance (PS3.10 7.1)."""
     elements = b"".join(
         (
-            _element(0x0001, "OB", b"\0\1"),
-            _element(0x0002, "UI", sop_class_uid.encode("ascii")),
-            _element(0x0003, "UI", sop_instance_uid.encode("ascii")),
-            _element(0x0010, "UI", transfer_syntax_uid.encode("ascii")),
-            _element(0x0012, "UI", implementation_class_uid.encode("ascii")),
-            _element(0x0013, "SH", implementation_version_name.encode("ascii")),
-            _element(0x0016, "AE", calling_ae.encode("ascii", "replace")),
+            meta_element(0x0001, "OB", b"\0\1"),
+            meta_element(0x0002, "UI", sop_class_uid.encode("ascii")),
+            meta_element(0x0003, "UI", sop_instance_uid.encode("ascii")),
+            meta_element(0x0010, "UI", transfer_syntax_uid.encode("ascii")),
+            meta_element(0x0012, "UI", implementation_class_uid.encode("ascii")),
+            meta_element(0x0013, "SH", implementation_version_name.encode("ascii")),
+            meta_element(0x0016, "AE", calling_ae.encode("ascii", "replace")),
         )
     )
-    return bytes(128) + b"DICM" + _element(0, "UL", struct.pack("<L", len(elements))) + elements
+    return bytes(128) + b"DICM" + meta_element(0, "UL", struct.pack("<L", len(elements))) + elements
 
 
-def _element(element: int, vr: str, value: bytes) -> bytes:
-    """One element of group 0002, explicit VR little endian, padded to even length."""
+def meta_element(element: int, vr: str, value: bytes) -> bytes:
+    """One element of group 0002, explicit VR little endian, padded to even length (PS3.10 7.1)."""
     value += (b"\0" if vr in ("UI", "OB") else b" ") * (len(value) % 2)
     length = struct.pack("<HL", 0, len(value)) if vr in _LONG else struct.pack("<H", len(value))
     return struct.pack("<HH", 2, element) + vr.encode() + length + value
