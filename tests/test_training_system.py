@@ -150,7 +150,17 @@ def test_no_clipping_is_no_clipping(tmp_path: Path, root: Path) -> None:
 
 # several processes
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return subprocess.run(
+        [sys.executable, *start, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_two_processes_do_what_one_does_with_the_whole_batch(root: Path, tmp_path: Path) -> None:
@@ -164,14 +174,7 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(root: Path, tmp_pat
     path.write_text(yaml.safe_dump(settings))
     alone = run(path, "stop_at=4", "device=cpu")
     words = [f"runs={tmp_path / 'both'}", "stop_at=4", "device=cpu"]
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "training/train.py", str(path), *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(2, "training/train.py", str(path), *words)
     assert done.returncode == 0, done.stderr  # torchrun tells the cause first
     assert done.stdout.count("stopped after step 4") == 1  # one process speaks
     both = load_config(path, words)
@@ -182,6 +185,32 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(root: Path, tmp_pat
     assert len(one["pool_a"]["images"]) == len(two["pool_a"]["images"]) == 3
     for held, other in zip(one["pool_a"]["images"], two["pool_a"]["images"], strict=True):
         assert torch.allclose(held, other, atol=1e-5)
+
+
+JOINED_AND_LEFT = """
+import pathlib, torch
+from training import processes
+
+def gloo():
+    tasks = pathlib.Path("/proc/self/task").glob("*/comm")
+    return any("gloo" in task.read_text() for task in tasks)
+
+processes.start("cpu")
+weight = torch.nn.Parameter(torch.ones(3))
+weight.sum().backward()
+torch.optim.Adam([weight]).step()  # imports what would keep the group
+print("joined", gloo())
+processes.stop()
+print("left", gloo())
+"""
+
+
+def test_who_left_the_others_has_no_thread_of_theirs(tmp_path: Path) -> None:
+    """One that lives while Python ends can abort it: a whole run was reported as failed."""
+    script = tmp_path / "script.py"
+    script.write_text(JOINED_AND_LEFT)
+    done = torchrun(1, str(script))
+    assert done.stdout.splitlines() == ["joined True", "left False"], done.stderr
 
 
 # early stop

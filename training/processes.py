@@ -6,6 +6,7 @@ its argument as it is. Written out instead of DistributedDataParallel, whose hoo
 per backward: a GAN's step has several.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -38,6 +39,9 @@ def start(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device: {device}: torch finds no CUDA here; take cpu or auto")
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Its functions' defaults keep the group that is there when an optimiser first imports it,
+        # past `stop`; a thread of gloo that then lives while Python ends may abort the process.
+        importlib.import_module("torch.distributed.nn")
         if place.type == "cuda":
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
