@@ -25,9 +25,13 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from dicomnode.redo import REDO
+from dicomnode.segments import SEGMENT_BYTES, paths
 from tests.peers import ORTHANC, STORESCP, Node, free_port, listens, orthanc, wait_for
 
 ROOT = Path(__file__).parents[1]
+_REDO_LOG_MB = 512
+"""As the node has it by default."""
 ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
 """Without it DCMTK's tools stall on Nagle's algorithm, about 20 instances/s: no fair match."""
 
@@ -114,9 +118,13 @@ def node(folder: Path) -> Iterator[Running]:
     senders = ("DCMSEND", "WIRE")
     peers = {name.lower(): {"ae_title": name, "host": "127.0.0.1"} for name in senders}
     waits = {"quiet_seconds": 600, "quiet_seconds_if_released": 600}
-    whole = Node(folder, {"peers": peers, "series": waits, "device": "cpu", "routes": []})
+    settings = {"peers": peers, "series": waits, "device": "cpu", "routes": []}
+    whole = Node(folder, {**settings, "node": {"redo_log_mb": _REDO_LOG_MB}})
     try:
         whole.start()
+        segments = _REDO_LOG_MB * 1_000_000 // SEGMENT_BYTES
+        redo = folder / "data" / REDO
+        wait_for(lambda: len(paths(redo)) == segments, "the redo log to be made")
         yield Running(whole.port, whole.pid)
     finally:
         whole.kill()

@@ -3,13 +3,16 @@
 One series at a time: as little memory for a million instances as for a hundred.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import select
 
 from dicomnode import tables as t
+from dicomnode.redo import REDO
+from dicomnode.segments import unsettled
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
 from dicomnode.upper_layer.incoming import meta_element
@@ -40,6 +43,31 @@ def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
     Yields a `Fault` for each difference and, at the end, how many instances were compared. Reads
     every byte stored; may run beside a running node.
     """
+    logged, read = set[str](), -_STALE_SECONDS
+    for found in _differences(database, spool):
+        if isinstance(found, Fault):
+            if time.monotonic() - read > _STALE_SECONDS:
+                logged, read = _logged(spool), time.monotonic()
+            if found.sop_instance_uid in logged:
+                yield replace(found, what=_IN_LOG)
+                continue
+        yield found
+
+
+_IN_LOG = (
+    "it is in the redo log: the node puts it right as soon as the journal can be changed, or when "
+    "it starts; then check again"
+)
+_STALE_SECONDS = 1.0
+"""After so long a running node may have new instances in its redo log, or have noted what was."""
+
+
+def _logged(spool: Spool) -> set[str]:
+    """The instances that the next start does again."""
+    return {entry.label["arrival"]["sop_instance_uid"] for entry in unsettled(spool.root / REDO)}
+
+
+def _differences(database: Database, spool: Spool) -> Iterator[Fault | int]:
     compared = 0
     for series_uid in _series(database, spool):
         here = {path.stem for path in (spool.received / series_uid).glob("*.dcm")}
@@ -48,10 +76,20 @@ def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
             here.discard(stored.uid)
             if what := file_fault(database, spool, series_uid, stored):
                 yield Fault(stored.uid, series_uid, what)
-        for uid in sorted(here):
-            if what := _stray(database, series_uid, uid):
-                yield Fault(uid, series_uid, what)
+        strays = _strays(database, series_uid, sorted(here))
+        if any(_is_young(spool.path(series_uid, uid)) for uid in strays):
+            time.sleep(_STALE_SECONDS)  # the row of an instance comes a little after its file
+            strays = _strays(database, series_uid, strays)
+        for uid, what in strays.items():
+            yield Fault(uid, series_uid, what)
     yield compared
+
+
+def _is_young(path: Path) -> bool:
+    try:
+        return abs(time.time() - path.stat().st_mtime) < 2 * _STALE_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def stored_of(database: Database, series_uid: str) -> list[Stored]:
@@ -111,6 +149,12 @@ def _row(database: Database, series_uid: str, uid: str) -> bool | None:
     query = select(i.purged).where(i.sop_instance_uid == uid, i.series_uid == series_uid)
     rows = database.read(query)
     return bool(rows[0][0]) if rows else None
+
+
+def _strays(database: Database, series_uid: str, uids: Iterable[str]) -> dict[str, str]:
+    """The instances whose file should not be there, and why."""
+    found = {uid: _stray(database, series_uid, uid) for uid in uids}
+    return {uid: what for uid, what in found.items() if what}
 
 
 def _stray(database: Database, series_uid: str, uid: str) -> str:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from dicomnode import tables as t
 from dicomnode.audit import Fault, file_fault, stored_of
 from dicomnode.errors import BackupError
 from dicomnode.migrations import copy_journal
-from dicomnode.spool import Spool, sync_file, sync_folder
+from dicomnode.spool import Spool
+from dicomnode.syncing import FileSystem, sync_file, sync_folder
 from dicomnode.tables import Database
 
 JOURNAL = "journal.db"
@@ -108,6 +110,9 @@ class _Copy:
         for folder in (self._to.received, self._to.results, self._to.quarantine):
             sync_folder(folder)
         sync_file(self._part / JOURNAL)
+        if self._copied.linked:  # what came in the last seconds may be safe in the redo log only
+            with closing(FileSystem(self._part)) as disk:
+                disk.sync()
         return self._copied
 
     def _received(self, live: Database, copy: Database) -> None:

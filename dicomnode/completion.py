@@ -92,7 +92,13 @@ class Completion:
         notes.append(outcome)
         superseded = self._config.series.on_superseded
         if not self._jobs.close_series(
-            series, outcome, routes, notes, now, on_superseded=superseded
+            series,
+            outcome,
+            routes,
+            notes,
+            now,
+            on_superseded=superseded,
+            overtaken=lambda: self._journal.waiting.has_of(series.series_uid),
         ):
             return False
         self._carriers.forget(series.series_uid)

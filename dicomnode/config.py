@@ -69,6 +69,9 @@ class NodeSection:
     reserve_free_gb: float = setting(
         5.0, "free space in GB below which C-STORE answers 0xA700", check=_between(0, 1e6)
     )
+    redo_log_mb: int = setting(
+        512, "disk space in MB for the redo log; 0: none", check=_between(0, 100_000)
+    )
     tls: NodeTls | None = setting(None, "DICOM TLS; the node then listens with it, and only so")
     journal: str | None = setting(None, "a PostgreSQL URL: not yet; null keeps SQLite in data_dir")
 

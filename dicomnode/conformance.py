@@ -117,7 +117,7 @@ def _accepted(config: NodeConfig) -> list[str]:
 
 def _statuses() -> list[str]:
     rows = [
-        ("0x0000", "stored: file, folder and journal entry are durable"),
+        ("0x0000", "stored: the instance and its journal entry are durable"),
         ("0x0111", "other bytes are stored under this SOP Instance UID; quarantined"),
         ("0xA700", "out of resources"),
         ("0xA900", "data set does not match SOP class or instance of the request"),

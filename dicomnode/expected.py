@@ -124,6 +124,8 @@ def _one_acquisition(said: list[Values]) -> int | None:
 def _value(header: Dataset | Mapping[str, Any], keyword: str) -> int | str | None:
     try:
         value = header.get(keyword)
+        if value is None:  # of most: to be told so by an error takes longer
+            return None
         if keyword == "SeriesType":
             return "\\".join(map(str, value or ())) or None
         number = int(str(value))

@@ -17,8 +17,8 @@ _Result = TypeVar("_Result")
 class _Change:
     """A change waiting for its commit."""
 
-    def __init__(self, change: Callable[[Connection], Any]) -> None:
-        self._change = change
+    def __init__(self, change: Callable[[Connection], Any], unsynced: bool) -> None:
+        self._change, self.unsynced = change, unsynced
         self.result: Any = None
         self.error: Exception | None = None
         self.done = False
@@ -47,31 +47,53 @@ class GroupCommit:
         self._queue: list[_Change] = []
         self._lock = threading.Lock()
         self._db: Connection | None = None  # kept: taking one from the pool costs more than it does
+        self._syncs = True  # as connections come from the pool
 
     def close(self) -> None:
         """Give the connection back; the next commit takes another."""
         db, self._db = self._db, None
         if db is not None:
+            if not self._syncs:  # nobody else is to have it so
+                db.invalidate()
             db.close()
+        self._syncs = True
 
-    def commit(self, change: Callable[[Connection], _Result]) -> _Result:
+    def commit(self, change: Callable[[Connection], _Result], *, unsynced: bool = False) -> _Result:
         """Run `change`, durable when this returns.
 
+        `unsynced`: everybody sees it then, but after a power failure it may be gone, unless
+        a change that was not `unsynced` was committed after it.
+
         Raises:
-            JournalBusy: nothing was changed, or, where it only had no turn in time, nobody knows.
+            JournalBusy: nothing was changed, and nothing will be.
         """
-        mine = _Change(change)
+        mine = _Change(change, unsynced)
         with self._lock:
             self._queue.append(mine)
-        with self._turn():
-            if not mine.done:
-                self._commit_queue()
+        try:
+            with self._turn():
+                if not mine.done:
+                    self._commit_queue()
+        except JournalBusy:
+            if self._withdraw(mine):
+                raise
+            while not mine.done:  # whoever has the turn is committing it
+                with suppress(JournalBusy), self._turn():
+                    pass
         if isinstance(mine.error, OperationalError):
             raise busy(mine.error) from mine.error
         if mine.error is not None:
             raise mine.error
         result: _Result = mine.result
         return result
+
+    def _withdraw(self, change: _Change) -> bool:
+        """Take a change back; False if somebody has taken it to commit it."""
+        with self._lock:
+            waits = change in self._queue
+            if waits:
+                self._queue.remove(change)
+        return waits
 
     def _commit_queue(self) -> None:
         with self._lock:
@@ -80,6 +102,7 @@ class GroupCommit:
         committed = False
         try:
             self._db = self._db or self._engine.connect()
+            self._sync(self._db, not all(change.unsynced for change in batch))
             with _transaction(self._db) as db:
                 for change in batch:
                     change.run(db, alone=len(batch) == 1)
@@ -92,6 +115,20 @@ class GroupCommit:
             for change in batch:
                 change.error = change.error or (None if committed else failure)
                 change.done = True
+
+    def _sync(self, db: Connection, syncs: bool) -> None:
+        """Are the next commits of `db` durable? SQLite syncs its log as a whole, or not at all.
+
+        Raises:
+            JournalBusy: it cannot be changed.
+        """
+        if syncs is not self._syncs:
+            driver: Any = db.connection.driver_connection
+            try:
+                driver.execute(f"PRAGMA synchronous={'FULL' if syncs else 'NORMAL'}")
+            except sqlite3.Error as error:
+                raise JournalBusy(f"the journal cannot be changed now: {error}") from error
+            self._syncs = syncs
 
 
 @contextmanager
@@ -143,3 +180,43 @@ def _check_open(db: Connection) -> None:
     connection: Any = db.connection.driver_connection
     if not connection.in_transaction:
         raise JournalBusy("the journal cannot be changed now: the transaction was given up")
+
+
+def lengthen(engine: Engine) -> None:
+    """Give the write-ahead log its usual length (1,000 pages, then SQLite starts it over) at once.
+
+    A commit that makes it longer also changes its inode, which takes the disk twice as long. More
+    than SQLite's page cache holds goes to the log before the commit; taken back, it stays room.
+    """
+    connection = engine.raw_connection()
+    try:
+        db = connection.cursor()
+        for statement in (
+            "BEGIN IMMEDIATE",
+            "CREATE TABLE room (bytes BLOB)",
+            "INSERT INTO room VALUES (zeroblob(8000000))",
+            "ROLLBACK",
+        ):
+            db.execute(statement)
+    except sqlite3.Error:
+        connection.rollback()  # too little room now: it will say so where it matters
+    finally:
+        connection.close()
+
+
+def rewrite(engine: Engine) -> None:
+    """Write what the write-ahead log holds to the database itself, durably.
+
+    Raises:
+        JournalBusy: somebody reads it, or the disk refuses.
+    """
+    connection = engine.raw_connection()
+    try:
+        statement = "PRAGMA wal_checkpoint(TRUNCATE)"
+        waits = connection.cursor().execute(statement).fetchone()[0]
+    except sqlite3.Error as error:
+        raise JournalBusy(f"the journal cannot be changed now: {error}") from error
+    finally:
+        connection.close()
+    if waits:
+        raise JournalBusy("the journal cannot be written anew: another program reads it")

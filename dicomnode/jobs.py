@@ -6,7 +6,7 @@ translation: the stored bytes are sent again.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,21 +96,21 @@ class Jobs:
         now: float,
         *,
         on_superseded: OnSuperseded = "retract",
+        overtaken: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Close a series and queue a job per (route, priority); False if it was overtaken.
 
-        Nothing happens if an instance arrived after `seen` was read. `on_superseded`: what is
-        done about an earlier generation that a destination may have.
+        Nothing happens if an instance arrived after `seen` was read, or waits for its row: that is
+        `overtaken`, asked when no row can be written. `on_superseded`: what is done about an
+        earlier generation that a destination may have.
         """
         s = t.series.c
         with self._db.write() as db:
-            closed = db.execute(
-                t.series.update()
-                .where(s.series_uid == seen.series_uid, s.open)
-                .where(s.last_received == seen.last_received)
-                .values(open=False, interrupted=False, outcome=outcome)
-            )
-            if not closed.rowcount:
+            if overtaken():
+                return False
+            unchanged = s.last_received == seen.last_received
+            mine = t.series.update().where(s.series_uid == seen.series_uid, s.open, unchanged)
+            if not db.execute(mine.values(open=False, interrupted=False, outcome=outcome)).rowcount:
                 return False
             for text in notes:
                 note(db, seen.series_uid, now, text)

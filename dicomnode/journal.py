@@ -5,17 +5,28 @@ Every change is one transaction (see `tables.Database`); what follows a complete
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import BindParameter, Connection, Float, bindparam, case, func, select
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    Float,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import SQLAlchemyError
 
 from dicomnode import tables as t
-from dicomnode.errors import DuplicateInstance
+from dicomnode.errors import DuplicateInstance, JournalError
 from dicomnode.statements import Quick
 from dicomnode.tables import Database, note
+from dicomnode.waiting import WaitingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,37 @@ class Arrival:
     plane: Mapping[str, Any] | None
     expected: Mapping[str, int | str] = field(default_factory=dict)
 
+    def plain(self) -> dict[str, Any]:
+        """As values that JSON has; `Arrival(**plain)` is the same again."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """An arrival on its way to its row."""
+
+    arrival: Arrival
+    received: float
+    late: str
+    """What `series.on_late_instances` says about instances after completion."""
+
+    def values(self) -> dict[str, Any]:
+        """Of its row."""
+        arrival = self.arrival
+        return {
+            "sop_instance_uid": arrival.sop_instance_uid,
+            "series_uid": arrival.series_uid,
+            "sop_class_uid": arrival.sop_class_uid,
+            "transfer_syntax_uid": arrival.transfer_syntax_uid,
+            "sha256": arrival.sha256,
+            "size": arrival.size,
+            "received": self.received,
+            "association": arrival.association,
+            "plane": None if arrival.plane is None else json.dumps(arrival.plane),
+            "expected": json.dumps(arrival.expected) if arrival.expected else None,
+            "purged": False,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class OpenSeries:
@@ -52,6 +94,8 @@ class Journal:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self.waiting: WaitingRows[_Instance] = WaitingRows(self._record_all)
+        """Rows of instances that are in the redo log; nobody else sees them yet."""
 
     # associations
 
@@ -96,6 +140,14 @@ class Journal:
                 .values(ended=now, how="lost")
             )
 
+    def rewrite(self) -> None:
+        """See `Database.rewrite`."""
+        self._db.rewrite()
+
+    def has_association(self, association: int) -> bool:
+        mine = select(t.associations.c.id).where(t.associations.c.id == association)
+        return bool(self._db.read(mine))
+
     # instances
 
     def remark(self, series_uid: str, text: str, now: float) -> None:
@@ -108,42 +160,85 @@ class Journal:
         rows = self._db.look_up(_KNOWN, {"uid": sop_instance_uid})
         return (rows[0][0], rows[0][1], bool(rows[0][2])) if rows else None
 
-    def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
+    def record_instance(
+        self, arrival: Arrival, now: float, *, late: str = "regenerate", unsynced: bool = False
+    ) -> bool:
         """Note one stored instance; False if it was known. Late ones open a new generation.
 
         `late`: what `series.on_late_instances` says about instances after completion.
+        `unsynced`: its row need not be durable yet, it is in the redo log.
 
         Raises:
             DuplicateInstance: its SOP Instance UID is that of another instance.
         """
-        values = {
-            "sop_instance_uid": arrival.sop_instance_uid,
-            "series_uid": arrival.series_uid,
-            "sop_class_uid": arrival.sop_class_uid,
-            "transfer_syntax_uid": arrival.transfer_syntax_uid,
-            "sha256": arrival.sha256,
-            "size": arrival.size,
-            "received": now,
-            "association": arrival.association,
-            "plane": None if arrival.plane is None else json.dumps(arrival.plane),
-            "expected": json.dumps(arrival.expected) if arrival.expected else None,
-            "purged": False,
-        }
+        row = _Instance(arrival, now, late)
+        recorded = self._db.commit(lambda db: self._record(db, row), unsynced=unsynced)
+        self.waiting.prove()
+        return recorded
 
-        def change(db: Connection) -> bool:
-            if _RECORD.say(db, values).rowcount:
-                self._open_series(db, arrival, now, late)
-                return True
-            i = t.instances.c
-            mine = i.sop_instance_uid == arrival.sop_instance_uid
-            known = db.execute(select(i.series_uid, i.sha256).where(mine)).one()
-            if tuple(known) != (arrival.series_uid, arrival.sha256):
-                raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
-            db.execute(t.instances.update().where(mine).values(purged=False))
-            self._touch(db, arrival, now)
+    def record_soon(self, arrival: Arrival, now: float, *, late: str) -> bool:
+        """Note an instance that nobody knows and that is in the redo log: soon, with others.
+
+        False: it is not noted, the journal may not take it; `record_instance` knows.
+        """
+        row = _Instance(arrival, now, late)
+        return self.waiting.add(arrival.sop_instance_uid, arrival.series_uid, row)
+
+    def _record_all(self, rows: Sequence["_Instance"]) -> None:
+        """As `_record` for each, of which nobody knows any.
+
+        In few statements: for each, SQLite leaves the interpreter and has to wait for it again.
+
+        Raises:
+            JournalError: none is recorded.
+        """
+        of_series: dict[str, list[_Instance]] = {}
+        for row in rows:
+            of_series.setdefault(row.arrival.series_uid, []).append(row)
+        values = (row.values() for row in rows)
+        table = json.dumps([[each[name] for name in _COLUMNS] for each in values])
+
+        def change(db: Connection) -> None:
+            if _RECORD_ALL.say(db, {"rows": table}).rowcount != len(rows):
+                for row in rows:
+                    self._must_be_same(db, row.arrival)
+            for first, *others in of_series.values():
+                if not self._open_series(db, first):
+                    for row in others:
+                        self._open_series(db, row)
+                elif others:
+                    last = others[-1]
+                    _ARRIVED.say(db, {"uid": last.arrival.series_uid, "now": last.received})
+
+        try:
+            self._db.commit(change, unsynced=True)
+        except (SQLAlchemyError, DuplicateInstance) as error:
+            raise JournalError(type(error).__name__) from error
+
+    def _record(self, db: Connection, row: "_Instance") -> bool:
+        if not _RECORD.say(db, row.values()).rowcount:
+            self._repeat(db, row)
             return False
+        self._open_series(db, row)
+        return True
 
-        return self._db.commit(change)
+    def _repeat(self, db: Connection, row: "_Instance") -> None:
+        """It was known.
+
+        Raises:
+            DuplicateInstance: as another instance.
+        """
+        self._must_be_same(db, row.arrival)
+        mine = t.instances.c.sop_instance_uid == row.arrival.sop_instance_uid
+        db.execute(t.instances.update().where(mine).values(purged=False))
+        self._touch(db, row.arrival, row.received)
+
+    def _must_be_same(self, db: Connection, arrival: Arrival) -> None:
+        i = t.instances.c
+        mine = i.sop_instance_uid == arrival.sop_instance_uid
+        known = db.execute(select(i.series_uid, i.sha256).where(mine)).one()
+        if tuple(known) != (arrival.series_uid, arrival.sha256):
+            raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
 
     def _touch(self, db: Connection, arrival: Arrival, now: float) -> None:
         """A repeat keeps an open series waiting, and the files of a closed one for their time."""
@@ -153,9 +248,11 @@ class Journal:
             same = t.instances.c.sop_instance_uid == arrival.sop_instance_uid
             db.execute(t.instances.update().where(same).values(association=arrival.association))
 
-    def _open_series(self, db: Connection, arrival: Arrival, now: float, late: str) -> None:
-        row = _SERIES.say(db, {"uid": arrival.series_uid}).fetchone()
-        if row is None:
+    def _open_series(self, db: Connection, row: "_Instance") -> bool:
+        """A new instance belongs to it; False if it stays closed all the same."""
+        arrival, now = row.arrival, row.received
+        known = _ARRIVED.say(db, {"uid": arrival.series_uid, "now": now}).fetchall()
+        if not known:
             db.execute(
                 t.series.insert().values(
                     series_uid=arrival.series_uid,
@@ -169,20 +266,20 @@ class Journal:
                 )
             )
             note(db, arrival.series_uid, now, f"first instance from {arrival.calling_ae}")
-            return
-        _ARRIVED.say(db, {"uid": arrival.series_uid, "now": now})
-        is_open, generation = row
+            return True
+        is_open, generation = known[0]
         if is_open:
-            return
-        if late == "regenerate":
+            return True
+        if row.late == "regenerate":
             change = {"open": True, "generation": generation + 1, "outcome": ""}
             mine = t.series.c.series_uid == arrival.series_uid
             db.execute(t.series.update().where(mine).values(change))
             text = f"late instances: open again as generation {generation + 1}"
             note(db, arrival.series_uid, now, text)
-        else:
-            text = f"late instance {arrival.sop_instance_uid} stored, not translated (hold)"
-            note(db, arrival.series_uid, now, text)
+            return True
+        text = f"late instance {arrival.sop_instance_uid} stored, not translated (hold)"
+        note(db, arrival.series_uid, now, text)
+        return False
 
     def record_conflict(self, arrival: Arrival, now: float) -> None:
         with self._db.write() as db:
@@ -238,14 +335,24 @@ _KNOWN = Quick.of(
         t.instances.c.sop_instance_uid == bindparam("uid")
     )
 )
-_RECORD = Quick.of(
-    insert(t.instances).on_conflict_do_nothing(), [column.name for column in t.instances.columns]
-)
-_SERIES = Quick.of(
-    select(t.series.c.open, t.series.c.generation).where(t.series.c.series_uid == bindparam("uid"))
+_COLUMNS = [column.name for column in t.instances.columns]
+_RECORD = Quick.of(insert(t.instances).on_conflict_do_nothing(), _COLUMNS)
+_ROWS = func.json_each(bindparam("rows")).table_valued("value")
+_RECORD_ALL = Quick.of(
+    insert(t.instances)
+    .from_select(
+        _COLUMNS,
+        select(
+            *(func.json_extract(_ROWS.c.value, f"$[{n}]") for n, _ in enumerate(_COLUMNS))
+        ).where(
+            literal_column("true")  # else SQLite takes ON for a join's
+        ),
+    )
+    .on_conflict_do_nothing()
 )
 _ARRIVED = Quick.of(
     t.series.update()
     .where(t.series.c.series_uid == bindparam("uid"))
     .values(last_received=_later(bindparam("now", type_=Float)))
+    .returning(t.series.c.open, t.series.c.generation)
 )

@@ -8,6 +8,11 @@ instances_received = Counter(
     ["peer", "status"],
 )
 bytes_received = Counter("dicomnode_received_bytes_total", "Bytes of stored instances")
+instances_durable = Counter(
+    "dicomnode_instances_durable_total",
+    "Received instances by what made them durable: the redo log, or a sync of their own file",
+    ["by"],
+)
 associations_rejected = Counter(
     "dicomnode_associations_rejected_total", "Associations rejected, by reason", ["reason"]
 )

@@ -6,13 +6,13 @@ had. A step is plain SQL, so that it still means the same when `tables` has move
 
 import contextlib
 import logging
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 from dicomnode.errors import JournalError
+from dicomnode.syncing import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +140,8 @@ def copy_journal(path: Path, copy: Path) -> None:
             source.backup(target)
             # one file: a journal in WAL mode cannot be read from a read-only medium
             target.execute("PRAGMA journal_mode=DELETE").fetchone()
-        for what in (copy, copy.parent):
-            _sync(what)
+        sync_file(copy)
+        sync_folder(copy.parent)
     except (sqlite3.Error, OSError) as error:
         raise JournalError(f"{copy}: the journal could not be copied: {error}") from error
 
@@ -152,7 +152,7 @@ def _save(path: Path, backup: Path) -> None:
     part.unlink(missing_ok=True)
     copy_journal(path, part)
     part.replace(backup)
-    _sync(backup.parent)
+    sync_folder(backup.parent)
 
 
 def _step(db: sqlite3.Connection, version: int) -> None:
@@ -205,11 +205,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise JournalError(f"{path}: cannot open the journal: {error}") from error
     return db
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,8 @@ thread complete_series open series -> verdict -> routes -> queued jobs
 thread translate_next  queued job -> worker process -> derived series on disk
 thread deliver_due     due deliveries -> courier process -> destinations, which are to commit them
 thread keep_house      retention
+thread step            redo log -> files and rows durable by themselves
+thread write_rows      what is in the redo log -> rows
 thread http            health, metrics, status
 """
 
@@ -25,7 +27,7 @@ from dicomnode.commitment_scu import CommitmentRequests
 from dicomnode.completion import Completion
 from dicomnode.config import NodeConfig, Route
 from dicomnode.dispatch import Dispatcher
-from dicomnode.errors import ConfigError, JournalBusy, PackageError
+from dicomnode.errors import ConfigError, JournalBusy, JournalError, PackageError
 from dicomnode.history import History
 from dicomnode.imaging.classifier import ClassifierPackage, read_classifier
 from dicomnode.imaging.package import ModelPackage, read_package
@@ -33,12 +35,15 @@ from dicomnode.jobs import Jobs
 from dicomnode.journal import Journal
 from dicomnode.mpps import PerformedSteps
 from dicomnode.outbox import Outbox
+from dicomnode.premises import SETTLING, kind_of
 from dicomnode.recovery import lock_folder, recover, refuse_lost_journal
+from dicomnode.redo import REDO, RedoLog
 from dicomnode.retention import Rules, make_room, purge
 from dicomnode.scp import LibraryService, StorageScp
 from dicomnode.series import Carriers
 from dicomnode.serving import told
 from dicomnode.spool import Spool
+from dicomnode.syncing import FileSystem
 from dicomnode.tables import Database
 from dicomnode.web.server import Pages, WebServer
 
@@ -77,12 +82,22 @@ class Node:
         self._database = Database(journal_file)
         self._journal, self._jobs = Journal(self._database), Jobs(self._database)
         self._history = History(self._database)
+        self._spool.received.mkdir(exist_ok=True)
+        self._disk = FileSystem(self._spool.received)
+        self._redo = RedoLog(
+            config.node.data_dir / REDO,
+            self._redo_log_bytes(),
+            self._spool.has_room,
+            self._settle,
+        )
         self._carriers = Carriers()
         self._steps = PerformedSteps(self._database)
         self._commitments = Commitments(config, self._database, self._spool, self._caller)
         self._requests = CommitmentRequests(config, self._database, self._caller)
         services: tuple[LibraryService, ...] = (self._commitments, self._requests, self._steps)
-        self._scp = StorageScp(config, self._spool, self._journal, self._carriers, services)
+        self._scp = StorageScp(
+            config, self._spool, self._journal, self._redo, self._carriers, services
+        )
         self._outbox = Outbox(config, self._spool, self._jobs, self._requests.delivered)
         pages = Pages(
             self._history,
@@ -117,7 +132,8 @@ class Node:
             OSError: a port is in use or an address is not ours.
         """
         now = time.time()
-        recover(self._spool, self._journal, self._jobs, now)
+        late = self._config.series.on_late_instances
+        recover(self._spool, self._journal, self._redo, self._jobs, now, late)
         self._requests.recover(now)
         self._web.start()
         steps = (
@@ -127,6 +143,8 @@ class Node:
             self.commit_storage,
             self.resolve_names,
             self.keep_house,
+            self._redo.step,
+            self.write_rows,
         )
         for step in steps:
             thread = threading.Thread(target=self._repeat, args=(step,), name=step.__name__)
@@ -146,6 +164,8 @@ class Node:
         self._scp.drain(DRAIN_SECONDS)
         for event in (self._stop, self._queued, self._due):
             event.set()
+        self._redo.stop()
+        self._journal.waiting.stop()
         deadline = time.monotonic() + DRAIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -155,15 +175,19 @@ class Node:
         self._dispatcher.close()
         for thread in self._threads:
             thread.join()
+        with contextlib.suppress(OSError, JournalError):  # in the log: the next start does it again
+            self._redo.close()
         self._web.stop()
         self._database.close()
+        self._disk.close()
         self._data_lock.close()
         log.info("stopped")
 
     def reasons_not_ready(self) -> list[str]:
         """Why this node cannot do its whole job now; empty: it can."""
         reasons = [] if self._scp.listening else ["the Storage SCP does not listen"]
-        reasons += filter(None, (self._spool.trouble(), self._database.trouble()))
+        here = (self._spool.trouble(), self._database.trouble(), self._redo.trouble)
+        reasons += filter(None, (*here, self._journal.waiting.trouble))
         if self._dispatcher.trouble:
             reasons.append(self._dispatcher.trouble)
         return reasons
@@ -195,13 +219,31 @@ class Node:
 
     def commit_storage(self) -> None:
         """Check what peers asked us to commit, and report what was found."""
+        self._journal.waiting.flush()  # what was acknowledged is not missing
         self._commitments.step(time.time())
         self._commitments.pause(_IDLE_SECONDS)
+
+    def write_rows(self) -> None:
+        """Note instances that are in the redo log."""
+        self._journal.waiting.step()
 
     def resolve_names(self) -> None:
         """Look the names of peers up, so that nobody waits for it at the door."""
         self._scp.access.refresh()
         self._stop.wait(_HOUSEKEEPING_SECONDS)
+
+    def _redo_log_bytes(self) -> int:
+        kinds = {kind_of(self._spool.received), kind_of(self._config.node.data_dir)}
+        if kinds <= set(SETTLING):
+            return self._config.node.redo_log_mb * 1_000_000
+        log.info("no redo log on %s: each instance is synced for itself", ", ".join(sorted(kinds)))
+        return 0
+
+    def _settle(self) -> None:
+        """Make all files and rows durable, those that wait, too."""
+        self._journal.waiting.flush()
+        self._disk.sync()
+        self._database.sync()
 
     def _caller(self, calling_ae: str, host: str) -> str | None:
         return self._scp.access.caller(calling_ae, host)
@@ -209,11 +251,14 @@ class Node:
     def keep_house(self) -> None:
         """Delete what is past its time; before it, what is delivered, if the disk is too full."""
         rules = Rules.of(self._config)
+        purged = 0
         if time.monotonic() >= self._next_purge:
-            purge(self._database, self._spool, rules, time.time())
+            purged = purge(self._database, self._spool, rules, time.time())
             self._next_purge = time.monotonic() + _HOUSEKEEPING_SECONDS
         if freed := make_room(self._database, self._spool, rules, time.time()):
             log.info("%d MB of delivered files deleted to make room", freed // 1_000_000)
+        if purged or freed:
+            self._redo.wipe()
         self._stop.wait(_ROOM_SECONDS)
 
     def _refresh(self) -> None:

@@ -33,6 +33,26 @@ def folder_problem(folder: Path) -> str:
     return next(filter(None, found), "")
 
 
+SETTLING = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs")
+"""File systems that `syncfs` is known to sync as a whole; FUSE does nothing, for one."""
+
+
+def kind_of(folder: Path) -> str:
+    """The type of the file system that a folder is on, as Linux names it; empty: not known."""
+    place, best = os.path.realpath(folder), ("", "")
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+    for line in mounts.splitlines():
+        first, _, second = line.partition(" - ")
+        point = first.split()[4].replace(r"\040", " ")
+        beneath = place == point or place.startswith(point.rstrip("/") + "/")
+        if beneath and len(point) >= len(best[0]):  # of two at one point the later hides the other
+            best = (point, second.split()[0])
+    return best[1]
+
+
 def link_problem(source: Path, target: Path) -> str:
     """Why a file made in `source` cannot have a second name in `target`; empty: it can."""
     name = f".probe-{uuid.uuid4().hex}"

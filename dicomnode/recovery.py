@@ -4,15 +4,18 @@ import contextlib
 import fcntl
 import logging
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from dicomnode.errors import ConfigError, InstanceRefused
+from dicomnode.errors import ConfigError, DuplicateInstance, InstanceRefused, JournalBusy
 from dicomnode.jobs import Jobs
-from dicomnode.journal import Journal
+from dicomnode.journal import Arrival, Journal
 from dicomnode.premises import link_problem
+from dicomnode.redo import RedoLog
 from dicomnode.scp import read_arrival_header
-from dicomnode.spool import Spool
+from dicomnode.segments import Entry
+from dicomnode.spool import Spool, dataset_digest
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +62,12 @@ def _has_tables(journal: Path) -> bool:
         return True
 
 
-def recover(spool: Spool, journal: Journal, jobs: Jobs, now: float) -> None:
+def recover(
+    spool: Spool, journal: Journal, redo: RedoLog, jobs: Jobs, now: float, late: str
+) -> None:
     """Bring files and rows together again.
+
+    `late`: what `series.on_late_instances` says.
 
     Raises:
         ConfigError: the folders cannot be used.
@@ -69,6 +76,7 @@ def recover(spool: Spool, journal: Journal, jobs: Jobs, now: float) -> None:
     for folder in (spool.received, spool.quarantine):
         if why := link_problem(spool.incoming, folder):
             raise ConfigError(f"node.data_dir: {why}")
+    _restore(spool, journal, redo, late)
     journal.recover(now)
     jobs.recover(now)
     unsaid = []
@@ -83,11 +91,60 @@ def recover(spool: Spool, journal: Journal, jobs: Jobs, now: float) -> None:
         log.info(words, len(unsaid))
 
 
+def _restore(spool: Spool, journal: Journal, redo: RedoLog, late: str) -> None:
+    """Do again what a power failure undid: instances that were acknowledged, file and row."""
+    restored, doubted = 0, False
+
+    def again(entry: Entry, trusted: bool) -> None:
+        nonlocal restored, doubted
+        doubted = doubted or not trusted
+        arrival = Arrival(**entry.label["arrival"])
+        place = (arrival.series_uid, arrival.sop_instance_uid)
+        known = journal.known(arrival.sop_instance_uid)
+        if known is not None and known[:2] != (arrival.series_uid, arrival.sha256):
+            return  # refused with 0x0111
+        whole = trusted and _holds(spool.path(*place), arrival)
+        if not whole:
+            spool.put_back(*place, entry.read())
+        if known is None or known[2]:
+            if arrival.association is None or not journal.has_association(arrival.association):
+                arrival = replace(arrival, association=None)  # the journal is an older copy
+            with contextlib.suppress(DuplicateInstance):
+                journal.record_instance(arrival, entry.label["received"], late=late, unsynced=True)
+        elif whole:
+            return
+        restored += 1
+
+    def then() -> None:
+        if doubted:  # the rows, too, may be whole in memory only
+            journal.rewrite()
+
+    try:
+        redo.restore(again, then)
+    except JournalBusy as error:
+        raise ConfigError(f"node.data_dir: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"node.data_dir: the redo log cannot be used: {error.strerror}; mend the disk"
+        ) from error
+    if restored:
+        log.info("restored %d instances from the redo log", restored)
+
+
+def _holds(path: Path, arrival: Arrival) -> bool:
+    """Is the whole instance there?"""
+    try:
+        return dataset_digest(path)[0] == arrival.sha256
+    except OSError:
+        return False
+
+
 def _is_journalled(part: Path, journal: Journal) -> bool:
     """Was this instance acknowledged, or about to be?
 
     Where it was not its sender will send it again, and its file may have been cut off by a power
-    failure: the journal knows an instance only when its file is durable.
+    failure: the journal knows an instance only when it is durable, and what a power failure took
+    of those that were is back by now.
     """
     try:
         header = read_arrival_header(part)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from dicomnode.errors import OutOfResources
 from dicomnode.orders import DerivedSeries
-from dicomnode.spool import DRAFTS, sync_folder, write_durably
+from dicomnode.spool import DRAFTS, write_durably
+from dicomnode.syncing import sync_folder
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -1,8 +1,8 @@
 """Storage, Verification, Storage Commitment and MPPS SCP: association -> instance -> status.
 
-Success is answered only when the instance is on disk, its folder is synced and its journal entry
-is durable (PS3.4 B.2.2). Instances are kept as received; pixel data are never decoded here.
-`upper_layer` serves Storage and Verification, pynetdicom the other services.
+Success is answered only when the instance, and what the journal says of it, are durable (PS3.4
+B.2.2). Instances are kept as received; pixel data are never decoded here. `upper_layer` serves
+Storage and Verification, pynetdicom the other services.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, Protocol
 
 from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
@@ -25,7 +25,6 @@ from dicomnode.config import NodeConfig
 from dicomnode.errors import (
     CannotUnderstand,
     DataSetMismatch,
-    DuplicateInstance,
     InstanceRefused,
     JournalError,
     OutOfResources,
@@ -35,8 +34,10 @@ from dicomnode.heads import Plain
 from dicomnode.imaging.marks import IMPLEMENTATION_CLASS_UID
 from dicomnode.journal import Arrival, Journal
 from dicomnode.part10 import MALFORMED, read_header
+from dicomnode.redo import RedoLog
 from dicomnode.series import ARRIVAL_KEYWORDS, Carriers, plane_of
-from dicomnode.spool import OneByOne, Spool, checked_uid, dataset_digest
+from dicomnode.spool import Spool, checked_uid
+from dicomnode.storing import Storing
 from dicomnode.upper_layer import (
     Identity,
     Library,
@@ -93,6 +94,7 @@ class StorageScp:
         config: NodeConfig,
         spool: Spool,
         journal: Journal,
+        redo: RedoLog,
         carriers: Carriers,
         services: Sequence[LibraryService],
     ) -> None:
@@ -106,8 +108,8 @@ class StorageScp:
         self.access = Access(config.node, config.peers)
         self._open: dict[object, _Open] = {}
         self._lock = threading.Lock()
-        self._parts = itertools.count()
-        self._one_by_one = OneByOne()
+        self._incoming, self._parts = str(spool.incoming), itertools.count()
+        self._storing = Storing(spool, journal, redo, config.series.on_late_instances)
         limits = Limits(max_pdu_bytes=config.node.max_pdu_bytes)
         self._listener = Listener(
             (config.node.bind, config.node.port),
@@ -177,6 +179,7 @@ class StorageScp:
             now = time.time()
             self._carriers.ended(opened.number, how == "released", time.monotonic())
             try:
+                self._journal.waiting.flush()
                 self._journal.end_association(opened.number, how, now)
             except (SQLAlchemyError, JournalError):  # it counts as lost after the next start
                 log.error("association %d ended, which the journal cannot note", opened.number)
@@ -193,9 +196,8 @@ class StorageScp:
         Raises:
             OutOfResources: less than `node.reserve_free_gb` is free.
         """
-        if not self._spool.has_room():
-            raise OutOfResources("free space is below node.reserve_free_gb")
-        return self._spool.incoming / f"{next(self._parts)}.part"
+        self._spool.check_room()
+        return Path(f"{self._incoming}/{next(self._parts)}.part")
 
     def store(self, requestor: Requestor, received: Received) -> tuple[int, str]:
         """Answer one C-STORE request with a status of PS3.4 Table B.2-1 and an ErrorComment."""
@@ -222,51 +224,13 @@ class StorageScp:
     def _keep(self, received: Received, opened: _Open) -> None:
         arrival, number = self._arrival(received, opened)
         self._carriers.carries(number, arrival.series_uid)
-        with self._one_by_one.turn(arrival.sop_instance_uid):
-            self._keep_in_turn(received, arrival, time.time())
-
-    def _keep_in_turn(self, received: Received, arrival: Arrival, now: float) -> None:
-        """The journal is asked only where a file is there already: it seldom is."""
-        part, place = received.part, (arrival.series_uid, arrival.sop_instance_uid)
-        kept = self._spool.keep(part, *place, received.descriptor)
-        if kept is None:
-            self._compare(part, arrival, now)
-        try:
-            recorded = self._journal.record_instance(
-                arrival, now, late=self._config.series.on_late_instances
-            )
-        except DuplicateInstance:
-            if kept is not None:  # beside the known one, or in the place of one that is deleted
-                self._spool.take_back(kept)
-            self._refuse_other(part, arrival, now)
-        if recorded:
-            metrics.bytes_received.inc(received.file_size)
-        elif not self._spool.path(*place).is_file():
-            # retention deleted it before its row said that it is wanted again; now it does
-            self._spool.keep(part, *place)
-
-    def _compare(self, part: Path, arrival: Arrival, now: float) -> None:
-        """A file is there: of the same data set?"""
-        known = self._journal.known(arrival.sop_instance_uid)
-        if known is None or known[2]:
-            self._adopt_or_refuse(part, arrival, now)
-        elif (known[0], known[1]) != (arrival.series_uid, arrival.sha256):
-            self._refuse_other(part, arrival, now)
-
-    def _adopt_or_refuse(self, part: Path, arrival: Arrival, now: float) -> None:
-        """A file is there that its row calls deleted, or without a row."""
-        there = self._spool.path(arrival.series_uid, arrival.sop_instance_uid)
-        if dataset_digest(there)[0] != arrival.sha256:
-            self._refuse_other(part, arrival, now)
-
-    def _refuse_other(self, part: Path, arrival: Arrival, now: float) -> NoReturn:
-        self._spool.set_aside(part, arrival.sop_instance_uid, arrival.sha256)
-        self._journal.record_conflict(arrival, now)
-        raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
+        self._storing.keep(received, arrival, time.time())
 
     def _arrival(self, received: Received, opened: _Open) -> tuple[Arrival, int]:
         """What the journal is to keep, and the association's number in it."""
         plain = _PLAIN.read(received.head, received.transfer_syntax_uid)
+        if plain is None:
+            received.file()
         header = read_arrival_header(received.part) if plain is None else plain
         sop_class = checked_uid(header.get("SOPClassUID"), "SOPClassUID")
         sop_instance = checked_uid(header.get("SOPInstanceUID"), "SOPInstanceUID")

@@ -1,4 +1,4 @@
-"""SOP instances as Part 10 files: written whole or not at all, durable before anyone hears of it.
+"""SOP instances as Part 10 files: durable, here or in the redo log, before anyone hears of it.
 
 <root>/received/<SeriesInstanceUID>/<SOPInstanceUID>.dcm   as received
 <root>/results/<derived SeriesInstanceUID>/...             what is sent
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dicomnode.errors import CannotUnderstand, OutOfResources
+from dicomnode.syncing import sync_file, sync_folder
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 """A component that begins with 0 breaks PS3.5 9.1, but de-identifiers write it: it is harmless."""
@@ -88,6 +89,11 @@ class Spool:
     def has_room(self, size: int = 0) -> bool:
         return self.free_bytes() - size >= self.reserve_bytes
 
+    def check_room(self, size: int = 0) -> None:
+        """Raises OutOfResources if `size` bytes more would leave less than `reserve_bytes`."""
+        if not self.has_room(size):
+            raise OutOfResources("free space is below node.reserve_free_gb")
+
     def trouble(self) -> str:
         """Why nothing can be stored now, in words; empty: it can."""
         try:
@@ -102,14 +108,29 @@ class Spool:
                 return "node.data_dir cannot be written"
         return ""
 
-    def keep(
-        self, part: Path, series_uid: str, sop_instance_uid: str, descriptor: int | None = None
-    ) -> Path | None:
+    def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
         """Give a complete received file its place, durably; None if another file is there.
 
+        As `place`, then `settle`.
+
+        Raises:
+            OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
+        """
+        kept = self.place(part, series_uid, sop_instance_uid)
+        try:
+            self.settle(series_uid, sop_instance_uid)
+        except OutOfResources:
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+            raise
+        return kept
+
+    def place(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:
+        """Give a complete received file its place; None if another file is there.
+
         `part` stays as a second name of the file: whoever received it removes it once the journal
-        has the instance. What a crash leaves in `incoming` is thus all there is to recover.
-        `descriptor`: of the same file, if it is open.
+        has the instance. What a crash leaves in `incoming` is thus all there is to recover, beside
+        the redo log.
 
         The file gets its name before it is synced: a file system with a journal then writes file
         and name in one transaction, and the folder's own sync finds nothing left to write (0.55
@@ -120,24 +141,56 @@ class Spool:
             OutOfResources: less than `reserve_bytes` is left, or the disk refuses.
         """
         folder, final = self._place(series_uid, sop_instance_uid)
-        new = False
         try:
-            if not self.has_room():
-                raise OutOfResources("free space is below node.reserve_free_gb")
-            new = _link(part, final, folder)
-            if new and descriptor is not None:
+            self.check_room()
+            return Path(final) if _link(part, final, folder) else None
+        except OSError as error:
+            raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
+
+    def write(self, series_uid: str, sop_instance_uid: str, data: memoryview) -> None:
+        """Write an instance that is safe elsewhere, and that no file has the name of; not synced.
+
+        Raises:
+            OutOfResources: the disk refuses; it is not there.
+        """
+        folder, final = self._place(series_uid, sop_instance_uid)
+        try:
+            file = _opened(final, folder)
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+            except OSError:
+                self.take_back(Path(final))
+                raise
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
+
+    def has(self, series_uid: str, sop_instance_uid: str) -> bool:
+        """Is there a file of this name?"""
+        return os.path.lexists(self._place(series_uid, sop_instance_uid)[1])
+
+    def settle(self, series_uid: str, sop_instance_uid: str, descriptor: int | None = None) -> None:
+        """Make an instance that has its place durable there, file and name.
+
+        `descriptor`: of the same file, if it is open.
+
+        Raises:
+            OutOfResources: the disk refuses.
+        """
+        folder, final = self._place(series_uid, sop_instance_uid)
+        try:
+            if descriptor is not None:
                 os.fsync(descriptor)
             else:
                 sync_file(final)
             sync_folder(folder)
         except OSError as error:
-            if new:
-                Path(final).unlink(missing_ok=True)
             raise OutOfResources(f"could not store the instance: {_reason(error)}") from error
-        return Path(final) if new else None
 
     def take_back(self, kept: Path) -> None:
-        """Remove what `keep` gave a place, durably.
+        """Remove what `place` gave a place, durably.
 
         Raises:
             OutOfResources: the disk refuses.
@@ -158,6 +211,18 @@ class Spool:
                 Path(path).unlink()
         for part in parts:
             part.unlink()
+
+    def put_back(self, series_uid: str, sop_instance_uid: str, data: bytes) -> None:
+        """Write an instance anew, in place of whatever a power failure left of it; not synced.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        folder, final = self._place(series_uid, sop_instance_uid)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        part = self.incoming / "again.part"
+        part.write_bytes(data)
+        part.replace(final)
 
     def set_aside(self, part: Path, sop_instance_uid: str, digest: str) -> Path:
         """Move a file that contradicts a stored one to quarantine, durably."""
@@ -256,27 +321,24 @@ def _link(part: Path, final: str, folder: str) -> bool:
     except FileNotFoundError:
         if not part.exists():
             raise
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        sync_folder(Path(folder).parent)
+        _make_folder(folder)
         return _link(part, final, folder)
     return True
 
 
-def sync_file(path: Path | str) -> None:
-    _sync(path, os.O_RDONLY)
+def _opened(final: str, folder: str) -> int:
+    """A new file; its folder may have to be made, and retention may remove an empty one."""
+    while True:
+        try:
+            return os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        except FileNotFoundError:
+            _make_folder(folder)
 
 
-def sync_folder(path: Path | str) -> None:
-    """Make the names in a folder durable."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path | str, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _make_folder(folder: str) -> None:
+    """Durably; not those above it: without them this is no longer the folder we know."""
+    Path(folder).mkdir(exist_ok=True)
+    sync_folder(Path(folder).parent)
 
 
 def _reason(error: OSError) -> str:

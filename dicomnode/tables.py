@@ -1,13 +1,13 @@
 """The tables of the journal, and how the database is opened.
 
 Times are seconds since the epoch. SQLite in WAL mode with synchronous=FULL: a transaction that
-has returned survives a power cut.
+has returned survives a power cut, unless it was committed `unsynced`.
 """
 
-import sqlite3
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +30,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from dicomnode.errors import JournalBusy, JournalError
-from dicomnode.group_commit import GroupCommit, busy
+from dicomnode.group_commit import GroupCommit, busy, lengthen, rewrite
 from dicomnode.migrations import SCHEMA_VERSION, check_version, migrate, version_of
 from dicomnode.statements import Quick
+from dicomnode.syncing import sync_file
 
 BUSY_SECONDS = 5.0
 """How long a change waits for its turn, and then for another program that has locked the journal:
@@ -285,13 +286,32 @@ class Database:
         finally:
             self._lock.release()
 
-    def commit(self, change: Callable[[Connection], _Result]) -> _Result:
+    def commit(self, change: Callable[[Connection], _Result], *, unsynced: bool = False) -> _Result:
         """Run `change` in a transaction it may share with others, durable when this returns.
 
+        `unsynced`: see `GroupCommit.commit`.
+
         Raises:
-            JournalBusy: nothing was changed, or, where it only had no turn in time, nobody knows.
+            JournalBusy: nothing was changed, and nothing will be.
         """
-        return self._group.commit(change)
+        return self._group.commit(change, unsynced=unsynced)
+
+    def sync(self) -> None:
+        """Make durable what was committed `unsynced`.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        with suppress(FileNotFoundError):  # SQLite has moved it all to the journal
+            sync_file(Path(f"{os.path.realpath(self._path)}-wal"))
+
+    def rewrite(self) -> None:
+        """Write what SQLite's log holds to the journal itself, durably: the log may not last.
+
+        Raises:
+            JournalBusy: somebody reads it, or the disk refuses.
+        """
+        rewrite(self._engine)
 
     def look_up(self, query: Quick, values: Mapping[str, Any]) -> list[Any]:
         """As `read`, for what is asked for every instance (8 us instead of 70)."""
@@ -361,30 +381,8 @@ def _open(path: Path, *, create: bool = True) -> Engine:
     if found is None:
         _create(engine, path)
     if create:
-        _lengthen(engine)
+        lengthen(engine)
     return engine
-
-
-def _lengthen(engine: Engine) -> None:
-    """Give the write-ahead log its usual length (1,000 pages, then SQLite starts it over) at once.
-
-    A commit that makes it longer also changes its inode, which takes the disk twice as long. More
-    than SQLite's page cache holds goes to the log before the commit; taken back, it stays room.
-    """
-    connection = engine.raw_connection()
-    try:
-        db = connection.cursor()
-        for statement in (
-            "BEGIN IMMEDIATE",
-            "CREATE TABLE room (bytes BLOB)",
-            "INSERT INTO room VALUES (zeroblob(8000000))",
-            "ROLLBACK",
-        ):
-            db.execute(statement)
-    except sqlite3.Error:
-        connection.rollback()  # too little room now: it will say so where it matters
-    finally:
-        connection.close()
 
 
 def _create(engine: Engine, path: Path) -> None:

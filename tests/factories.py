@@ -30,6 +30,8 @@ from pydicom.uid import (
 )
 
 from dicomnode.imaging.pixels import Encoding
+from dicomnode.redo import REDO, RedoLog
+from dicomnode.segments import SEGMENT_BYTES
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
@@ -388,6 +390,19 @@ def write_series(datasets: Iterable[Dataset], folder: Path) -> list[Path]:
         ds.save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths
+
+
+def no_log(folder: Path) -> RedoLog:
+    """A redo log that takes nothing: each file is synced for itself."""
+    return RedoLog(folder / REDO, 0, lambda _: False, lambda: None)
+
+
+def small_log(folder: Path) -> RedoLog:
+    """A redo log of one segment that nobody settles."""
+    log = RedoLog(folder / REDO, SEGMENT_BYTES, lambda _: True, lambda: None)
+    log.restore(lambda *_: None)
+    log.step()
+    return log
 
 
 def file_bytes(ds: Dataset) -> bytes:

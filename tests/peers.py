@@ -251,6 +251,7 @@ class Node:
     def start(self) -> "Node":
         self.folder.mkdir(parents=True, exist_ok=True)
         node = {"bind": "127.0.0.1", "port": self.port, "data_dir": "data", "reserve_free_gb": 0}
+        node["redo_log_mb"] = 70  # two segments: hundreds of nodes are started
         settings = {
             **self.settings,
             "node": {**node, **self.settings.get("node", {})},

@@ -10,10 +10,11 @@ from prometheus_client import REGISTRY
 from dicomnode.config import config_from_mapping
 from dicomnode.journal import Journal
 from dicomnode.scp import StorageScp
+from dicomnode.segments import unsettled
 from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
-from tests.factories import ct_series
+from tests.factories import ct_series, no_log, small_log
 from tests.fuzz import wire
 from tests.fuzz.receiver import data_set
 from tests.fuzz.wire import CT, VERIFICATION, Wire
@@ -27,20 +28,23 @@ def spool(tmp_path: Path) -> Spool:
     return Spool(tmp_path)
 
 
-@pytest.fixture
-def peer(tmp_path: Path, spool: Spool) -> Iterator[Wire]:
-    """An association of the peer "scanner" with Verification on context 1 and CT on context 3."""
+@pytest.fixture(params=[no_log, small_log], ids=["files", "log"])
+def peer(request: pytest.FixtureRequest, tmp_path: Path, spool: Spool) -> Iterator[Wire]:
+    """An association of the peer "scanner" with Verification on context 1 and CT on context 3;
+    of a node without and with a redo log."""
     node = {"data_dir": str(tmp_path), "bind": "127.0.0.1", "port": 0, "reserve_free_gb": 0}
     peers = {"scanner": {"ae_title": "WIRE", "host": "127.0.0.1"}}
     spool.prepare()
     database = Database(tmp_path / "journal.db")
     config = config_from_mapping({"node": node, "peers": peers}, tmp_path)
-    scp = StorageScp(config, spool, Journal(database), Carriers(), ())
+    redo = request.param(tmp_path)
+    scp = StorageScp(config, spool, Journal(database), redo, Carriers(), ())
     scp.start()
     with Wire(scp.port) as connected:
         connected.associate()
         yield connected
     scp.drain(0)
+    redo.close()
     database.close()
 
 
@@ -89,12 +93,12 @@ def test_a_stored_instance_is_counted_once(peer: Wire) -> None:
 UID = "1.2.3.4"
 
 
-def _sent(peer: Wire, series: str = "1.5", name: str = "A") -> int:
+def _sent(peer: Wire, series: str = "1.5", name: str = "A", uid: str = UID) -> int:
     """The status of an instance with `UID`, in a series, told apart by a name."""
     (instance,) = ct_series(1, 8, 8)
-    instance.SOPInstanceUID, instance.SeriesInstanceUID = UID, series
+    instance.SOPInstanceUID, instance.SeriesInstanceUID = uid, series
     instance.SeriesDescription = name
-    return peer.status(wire.store(encoded(instance), UID))[1]
+    return peer.status(wire.store(encoded(instance), uid))[1]
 
 
 def _lies(spool: Spool) -> dict[str, list[str]]:
@@ -123,6 +127,26 @@ def test_other_bytes_are_refused_and_set_aside(peer: Wire, spool: Spool, series:
     assert _lies(spool) == {"received": ["1.5"], "quarantine": ["quarantine"]}
     assert spool.path("1.5", UID).read_bytes() == before
     assert not list(spool.incoming.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("again", "status"),
+    [(("1.5", "A"), 0), (("1.5", "B"), 0x0111), (("1.6", "A"), 0x0111)],
+    ids=["same bytes", "other bytes", "another series"],
+)
+def test_an_instance_whose_row_waits_is_known(
+    peer: Wire, spool: Spool, tmp_path: Path, again: tuple[str, str], status: int
+) -> None:
+    """It does where the journal just took another, and there is a redo log."""
+    assert [_sent(peer, uid="1.2.3.3"), _sent(peer)] == [0, 0]
+    assert _sent(peer, *again) == status
+    assert _lies(spool) == {
+        "received": ["1.5", "1.5"],
+        "quarantine": ["quarantine"] if status else [],
+    }
+    with sqlite3.connect(tmp_path / "journal.db") as journal:
+        found = journal.execute("SELECT sop_instance_uid, series_uid FROM instances").fetchall()
+    assert sorted(found) == [("1.2.3.3", "1.5"), (UID, "1.5")]
 
 
 def test_a_file_that_was_lost_comes_back_with_the_same_bytes_only(peer: Wire, spool: Spool) -> None:
@@ -155,8 +179,26 @@ def test_a_refusal_for_want_of_room_is_counted_before_anything_is_received(
 
 
 def test_a_disk_that_cannot_be_written_is_counted(peer: Wire, spool: Spool) -> None:
+    (instance,) = ct_series(1)
+    message = wire.store(encoded(instance), instance.SOPInstanceUID)
     spool.incoming.rmdir()
-    assert _asked(peer, wire.store(data_set())) == (0xA700, {("scanner", "0xA700"): 1})
+    spool.received.rmdir()
+    assert _asked(peer, message) == (0xA700, {("scanner", "0xA700"): 1})
+    assert not spool.received.exists()
+    spool.prepare()
+    assert _asked(peer, message) == (0, {("scanner", "0x0000"): 1})
+
+
+def test_what_was_refused_is_not_in_the_redo_log(peer: Wire, spool: Spool, tmp_path: Path) -> None:
+    """Done again, it would take the place of what its sender sends instead."""
+    assert _sent(peer, uid="1.2.3.3") == 0
+    spool.path("1.9", UID).parent.touch()  # no folder: nothing can be written into it
+    assert _sent(peer, series="1.9") == 0xA700
+    spool.path("1.9", UID).parent.unlink()
+    assert _sent(peer, series="1.9", name="B") == 0
+    kept = spool.path("1.9", UID).read_bytes()
+    logged = [entry.read() for entry in unsettled(tmp_path / "redo")]
+    assert logged[1:] in ([], [kept])
 
 
 def test_an_echo_is_no_instance(peer: Wire) -> None:

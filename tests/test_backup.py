@@ -89,6 +89,21 @@ class Data:
         return list(storage_faults(self.database, self.spool))
 
 
+def test_a_file_whose_row_comes_a_little_later_is_no_fault(tmp_path: Path) -> None:
+    """As the running node writes them."""
+    data = Data(tmp_path / "data")
+    content = memoryview(b"received a moment ago")
+    data.spool.write("1.2", "1.2.9", content)
+    digest, size = dataset_digest(data.spool.path("1.2", "1.2.9"))
+    facts = ("1.2", "1", "CT", "1.2", "1.2", digest, size, "CT1", "DICOMNODE", None, None)
+    later = threading.Timer(0.3, data.journal.record_instance, (Arrival("1.2.9", *facts), 6.0))
+    later.start()
+    found = data.faults()
+    later.join()
+    assert found == [6]
+    assert data.faults() == [7]
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
     return Data(tmp_path / "data")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from dicomnode import tables as t
+from dicomnode import waiting
 from dicomnode.completion import Completion
 from dicomnode.config import config_from_mapping
 from dicomnode.jobs import Jobs, Output
@@ -171,3 +172,23 @@ def test_what_was_put_off_under_a_clock_that_was_ahead_is_due_at_once(
     is_due = put_off(reception, NOW + 600.0)
     assert [is_due(moment) for moment in (NOW, NOW + 599.0, NOW + 600.0)] == [False, False, True]
     assert is_due(NOW - YEAR)
+
+
+def test_a_series_is_not_closed_while_one_of_its_instances_has_no_row_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was acknowledged: closed without it, the series would have to be made again."""
+    monkeypatch.setattr(waiting, "_PROOF_SECONDS", 600.0)
+    node = Reception(tmp_path)
+    node.receive("1.1.1", NOW)
+    assert not node.closed(NOW, 0.0)
+    arrival = Arrival(
+        "1.1.2", "1.1", "1", "CT", "1.2", "1.2", "0" * 64, 1, "CT1", "DICOMNODE", None, None
+    )
+    assert node.journal.record_soon(arrival, NOW, late="regenerate")
+    assert not node.closed(NOW + QUIET, QUIET + 1)
+    node.journal.waiting.flush()
+    assert not node.closed(NOW + QUIET, QUIET + 2)  # it came, so it is waited for anew
+    assert node.closed(NOW + 2 * QUIET, 2 * QUIET + 3)
+    assert node.journal.generation("1.1") == 1
+    assert node.journal.instance_uids("1.1") == ["1.1.1", "1.1.2"]

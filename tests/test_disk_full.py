@@ -27,7 +27,7 @@ from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from tests import hostile
-from tests.factories import ct_series
+from tests.factories import ct_series, no_log
 from tests.fuzz import wire
 from tests.fuzz.wire import CT, EXPLICIT, IMPLICIT, VERIFICATION, Wire
 from tests.peers import (
@@ -304,7 +304,7 @@ def test_a_journal_that_was_deleted_or_replaced_is_refused_and_told(tmp_path: Pa
     spool, file = Spool(tmp_path), tmp_path / "journal.db"
     spool.prepare()
     database, series = Database(file), ct_series(4)
-    scp = StorageScp(config, spool, Journal(database), Carriers(), ())
+    scp = StorageScp(config, spool, Journal(database), no_log(tmp_path), Carriers(), ())
     scp.start()
     try:
         assert stored(scp.port, series[:1]) == [0]

@@ -13,6 +13,7 @@ from dicomnode import tables
 from dicomnode.errors import DuplicateInstance, JournalBusy, JournalError
 from dicomnode.statements import Quick
 from dicomnode.tables import Database, events, note
+from tests.peers import wait_for
 
 _NOTE = Quick.of(events.insert(), ["at", "series_uid", "text"])
 
@@ -111,3 +112,55 @@ def test_a_change_that_is_refused_alone_leaves_nothing_open(database: Database) 
         database.commit(refused)
     database.commit(lambda db: note(db, "1", 1.0, "after"))
     assert _texts(database) == {"after"}
+
+
+def test_a_change_that_had_no_turn_in_time_is_not_made_later(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BUSY_SECONDS", 0.1)
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(db: Connection) -> None:
+        entered.set()
+        leave.wait(20)
+        note(db, "1", 1.0, "slow")
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(database.commit, slow)
+        assert entered.wait(20)
+        with pytest.raises(JournalBusy, match="others wait for it already"):
+            database.commit(lambda db: note(db, "1", 1.0, "too late"))
+        leave.set()
+        first.result()
+    database.commit(lambda db: note(db, "1", 1.0, "next"))
+    assert _texts(database) == {"slow", "next"}
+
+
+def test_a_change_that_is_being_made_when_its_time_is_up_is_waited_for(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may be told that it was not made."""
+    monkeypatch.setattr(tables, "BUSY_SECONDS", 2.0)
+    holding, entered, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def first(db: Connection) -> None:
+        holding.set()
+        wait_for(lambda: len(database._group._queue) == 2, "both others to wait", 20, every=0.01)
+
+    def slow(db: Connection) -> None:
+        entered.set()
+        leave.wait(20)
+        note(db, "1", 1.0, "slow")
+
+    with ThreadPoolExecutor(3) as pool:
+        changes = [pool.submit(database.commit, first)]
+        assert holding.wait(20)
+        changes += [pool.submit(database.commit, slow)]
+        wait_for(lambda: len(database._group._queue) == 1, "the slow one to wait", 20, every=0.01)
+        changes += [pool.submit(database.commit, lambda db: note(db, "1", 1.0, "with it"))]
+        assert entered.wait(20)
+        threading.Event().wait(3.0)  # longer than it would wait for its turn
+        leave.set()
+        for change in changes:
+            change.result()
+    assert _texts(database) == {"slow", "with it"}

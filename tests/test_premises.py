@@ -20,6 +20,7 @@ from dicomnode.premises import address_problem, folder_problem
 from dicomnode.recovery import recover, refuse_lost_journal
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
+from tests.factories import no_log
 from tests.peers import Node
 
 
@@ -85,7 +86,7 @@ def test_a_data_folder_across_file_systems_is_refused_before_anything_is_receive
     assert "cross-device" in folder_problem(spool.root)
     database = Database(spool.root / "journal.db")
     with pytest.raises(ConfigError, match=r"node\.data_dir: .*received: Invalid cross-device link"):
-        recover(spool, Journal(database), Jobs(database), 0.0)
+        recover(spool, Journal(database), no_log(spool.root), Jobs(database), 0.0, "hold")
     database.close()
 
 
@@ -151,3 +152,17 @@ def test_a_terminal_that_lacks_a_letter_gets_its_number(tmp_path: Path) -> None:
     )
     assert told.returncode == 1
     assert "Hj\\xf8rring is not a folder" in told.stderr
+
+
+def test_the_kind_of_a_file_system_is_that_of_the_mount_beneath(tmp_path: Path) -> None:
+    said = subprocess.run(
+        ["/usr/bin/stat", "-f", "-c", "%T", "/proc", "/dev", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert premises.kind_of(Path("/proc/self")) == said[0] == "proc"
+    link = tmp_path / "link"
+    link.symlink_to("/proc")
+    assert premises.kind_of(link) == "proc"
+    assert premises.kind_of(tmp_path / "to come").startswith(said[2].split("/")[0][:3])

@@ -24,7 +24,7 @@ from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions
-from tests.factories import ct_series, write_series
+from tests.factories import ct_series, no_log, write_series
 
 RULES = Rules(RetentionSection(received_hours=24, results_hours=168))
 HOUR = 3600.0
@@ -507,12 +507,14 @@ class PurgedInBetween(Journal):
     shelf: Shelf
     times = 0
 
-    def record_instance(self, arrival: Arrival, now: float, *, late: str = "regenerate") -> bool:
+    def record_instance(
+        self, arrival: Arrival, now: float, *, late: str = "regenerate", unsynced: bool = False
+    ) -> bool:
         if self.known(arrival.sop_instance_uid):
             for seen in self.open_series():
                 self.shelf.jobs.close_series(seen, "", [], [], now)
             self.times += purge(self.shelf.database, self.shelf.spool, RULES, now + LATE)
-        return super().record_instance(arrival, now, late=late)
+        return super().record_instance(arrival, now, late=late, unsynced=unsynced)
 
 
 @pytest.mark.network
@@ -522,7 +524,7 @@ def test_what_is_acknowledged_while_retention_runs_is_there(shelf: Shelf, tmp_pa
     config = config_from_mapping({"node": node, "peers": peers}, tmp_path)
     journal = PurgedInBetween(shelf.database)
     journal.shelf = shelf
-    scp = StorageScp(config, shelf.spool, journal, Carriers(), ())
+    scp = StorageScp(config, shelf.spool, journal, no_log(tmp_path), Carriers(), ())
     files = write_series(ct_series(1, 16, 16), tmp_path / "source")
     answers: list[int] = []
     scp.start()

@@ -1,5 +1,6 @@
 """The spool: whole files or none, never one over another, names that no stranger can choose."""
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -68,8 +69,9 @@ def test_several_at_once_make_the_folder_of_a_series(spool: Spool) -> None:
 
 def test_a_file_is_synced_by_its_descriptor_too(spool: Spool) -> None:
     part = _part(spool, b"abc")
+    kept = spool.place(part, "1.2", "1.2.3")
     with part.open("rb") as file:
-        kept = spool.keep(part, "1.2", "1.2.3", file.fileno())
+        spool.settle("1.2", "1.2.3", file.fileno())
     assert kept is not None
     assert kept.read_bytes() == b"abc"
     spool.take_back(kept)
@@ -262,3 +264,38 @@ def test_a_file_without_meta_information_has_a_digest_too(
     path = tmp_path_factory.getbasetemp() / "raw"
     path.write_bytes(data)
     assert dataset_digest(path) == (sha256(data).hexdigest(), len(data))
+
+
+def test_a_file_is_written_although_retention_removes_its_empty_folder(spool: Spool) -> None:
+    done = threading.Event()
+    folder = spool.path("1.9", "1.9.1").parent
+
+    def remove() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        for _ in range(300):
+            spool.write("1.9", "1.9.1", memoryview(b"abc"))
+            spool.path("1.9", "1.9.1").unlink()
+    finally:
+        done.set()
+        remover.join()
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_file: int, _data: memoryview) -> int:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", refuse)
+        with pytest.raises(OutOfResources, match="No space left"):
+            spool.write("1.9", "1.9.1", memoryview(b"abc"))
+    assert not spool.has("1.9", "1.9.1")
+    spool.write("1.9", "1.9.1", memoryview(b"abc"))
+    assert spool.path("1.9", "1.9.1").read_bytes() == b"abc"

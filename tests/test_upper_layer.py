@@ -23,17 +23,23 @@ from pynetdicom.sop_class import (
 )
 
 from dicomnode.errors import OutOfResources
+from dicomnode.segments import HEADROOM, LARGEST_BYTES
 from dicomnode.spool import dataset_digest
 from dicomnode.upper_layer import Library, Limits, Listener, Received, Requestor
 from dicomnode.upper_layer.association import TRANSITIONS
 from dicomnode.upper_layer.dimse import read_command
+from dicomnode.upper_layer.incoming import BLOCK, Incoming, file_meta
 from dicomnode.upper_layer.negotiation import is_storage
+from dicomnode.upper_layer.stream import room
 from tests.fuzz import wire
 from tests.fuzz.receiver import IDENTITY, STRANGER, Folder, data_set, listening
 from tests.fuzz.wire import CT, EXPLICIT, IMPLICIT, VERIFICATION, Wire
 from tests.peers import wait_for
 
 pytestmark = pytest.mark.network
+
+LARGE = 12 * wire.p_data(3, 0, bytes(100_000))
+"""Part of a data set that is not kept in memory."""
 
 
 @pytest.fixture
@@ -469,7 +475,7 @@ def test_a_release_is_answered_and_told(open_wire: Wire, handler: Folder) -> Non
 def test_an_end_inside_a_data_set_leaves_no_file(
     open_wire: Wire, listener: Listener, handler: Folder, how: str
 ) -> None:
-    open_wire.send(wire.p_data(3, 3, wire.store_rq()) + wire.p_data(3, 0, bytes(50_000)))
+    open_wire.send(wire.p_data(3, 3, wire.store_rq()) + LARGE)
     wait_for(handler.half, "the file to begin", 5)
     if how == "close":
         open_wire.socket.close()
@@ -493,10 +499,46 @@ def test_drain_lets_associations_end_and_aborts_the_rest(handler: Folder) -> Non
     listener = listening(handler)
     with Wire(listener.port) as peer:
         peer.associate()
-        peer.send(wire.p_data(3, 3, wire.store_rq()) + wire.p_data(3, 0, bytes(50_000)))
+        peer.send(wire.p_data(3, 3, wire.store_rq()) + LARGE)
         wait_for(handler.half, "the file to begin", 5)
         listener.drain(0.3)
         assert peer.read() == (wire.ABORT, bytes(4))
     assert handler.half() == []
     assert handler.ends == [("WIRE", "aborted")]
     assert listener.port == 0
+
+
+# a data set on its way
+
+_META = file_meta("1.2", "1.2.3", EXPLICIT, "CT1", "1.2.4", "X")
+_STEPS = (0, 1, 2, 262_144, LARGEST_BYTES, LARGEST_BYTES + 262_144)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.builds(
+        lambda near, off: max(1, near + off), st.sampled_from(_STEPS), st.integers(-700, 700)
+    ),
+    fragment=st.sampled_from([1_000, 16_378, 131_066, 700_000]),
+    asked=st.booleans(),
+)
+def test_a_data_set_of_any_size_is_the_same_in_memory_and_in_its_file(
+    tmp_path_factory: pytest.TempPathFactory, size: int, fragment: int, asked: bool
+) -> None:
+    part = tmp_path_factory.mktemp("part") / "0.part"
+    data = memoryview(os.urandom(size))
+    incoming = Incoming(part, _META, room(BLOCK))
+    for at in range(0, size, fragment):
+        incoming.add(data[at : at + fragment])
+    digest, file_size = incoming.finish()
+    whole = _META + bytes(data)
+    assert (digest, file_size) == (hashlib.sha256(data).hexdigest(), len(whole))
+    assert incoming.head == bytes(data[:16_384])
+    large = len(whole) >= LARGEST_BYTES
+    assert part.exists() is (incoming.block is None) is large
+    if incoming.block is not None:
+        assert bytes(incoming.block[HEADROOM : HEADROOM + file_size]) == whole
+    if asked or large:
+        assert os.pread(incoming.file(), len(whole) + 1, 0) == part.read_bytes() == whole
+    incoming.discard()
+    assert not part.exists()

@@ -309,6 +309,7 @@ class Association:
             if answer is not None:
                 self._outgoing = answer
                 self._fire(Event.P_DATA_REQUEST)
+                self._service.discard()  # while the peer makes the next one ready
         if self._service is not None:
             self._service.take_whole_pdus()
         return self.state

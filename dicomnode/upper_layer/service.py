@@ -1,4 +1,4 @@
-"""Storage and Verification SCP: fragments -> command -> data set in a file -> answer (PS3.7)."""
+"""Storage and Verification SCP: fragments -> command -> data set -> answer (PS3.7)."""
 
 import logging
 import struct
@@ -155,7 +155,7 @@ class Service:
         return self._context_id != 0
 
     def discard(self) -> None:
-        """Remove a half-received data set."""
+        """Remove what is left of a data set: half-received, or answered."""
         incoming, self._incoming = self._incoming, None
         if incoming is not None:
             incoming.discard()
@@ -179,7 +179,7 @@ class Service:
     def fragment(self, context_id: int, control: int, length: int) -> bytes | None:
         """Take one presentation data value (PS3.8 Annex E).
 
-        Returns the PDUs that answer, when a message is whole.
+        Returns the PDUs that answer, when a message is whole; then `discard` what it brought.
 
         Raises:
             InvalidPdu: the fragment does not belong here.
@@ -263,7 +263,7 @@ class Service:
             self._refuse(_out_of_resources(error))
 
     def _add(self, length: int) -> None:
-        """Stream a fragment into the file; or read it away, if the data set is refused."""
+        """Stream a fragment on its way; or read it away, if the data set is refused."""
         while length:
             data = self._stream.some(length)
             length -= len(data)
@@ -305,6 +305,8 @@ class Service:
             log.warning("answered 0x%04X to %s: %s", status, self._requestor.host, comment)
         if self._incoming is not None:
             status, comment = self._store(self._incoming, command, transfer_syntax)
+            if status != dimse.SUCCESS:  # nothing is there when the peer hears so
+                self.discard()
         if command.field == CommandField.C_STORE_RQ:
             self._handler.answered(self._requestor, status)
         answer = dimse.response(command, status, comment)
@@ -320,14 +322,15 @@ class Service:
 
     def _store(self, incoming: Incoming, command: Command, transfer_syntax: str) -> tuple[int, str]:
         try:
-            digest, file_size, descriptor = incoming.finish()
+            digest, file_size = incoming.finish()
             received = Received(
                 sop_class_uid=command.sop_class_uid,
                 sop_instance_uid=command.sop_instance_uid,
                 transfer_syntax_uid=transfer_syntax,
                 message_id=command.message_id,
                 part=incoming.part,
-                descriptor=descriptor,
+                block=incoming.block,
+                file=incoming.file,
                 sha256=digest,
                 size=incoming.size,
                 file_size=file_size,
@@ -341,8 +344,6 @@ class Service:
                 "could not store an instance from %s: %s", self._requestor.host, error.strerror
             )
             return _out_of_resources(error)
-        finally:
-            self.discard()
 
 
 def _out_of_resources(error: OSError) -> tuple[int, str]:

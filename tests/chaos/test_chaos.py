@@ -1,4 +1,5 @@
-"""The bounded run of the kill campaign; the long one is `python -m tests.chaos.campaign`."""
+"""The bounded runs of both campaigns; the long ones are `python -m tests.chaos.campaign` and
+`python -m tests.chaos.power`."""
 
 import os
 import random
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.campaign import campaign
+from tests.chaos.power import NoDisk
+from tests.chaos.power import campaign as cutting
 from tests.peers import ORTHANC, STORESCU, needs
 
 pytestmark = [
@@ -15,6 +18,23 @@ pytestmark = [
     pytest.mark.slow,
     needs(STORESCU, ORTHANC),
 ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("system", ["ext4", "xfs"])
+@pytest.mark.parametrize("redo_log_mb", [70, 0])
+def test_a_power_failure_under_load_loses_nothing(
+    tmp_path: Path, system: str, redo_log_mb: int
+) -> None:
+    cuts = int(os.environ.get("DICOMNODE_CUTS", "2"))
+    seed = random.SystemRandom().randrange(10**6)
+    try:
+        tally = cutting(tmp_path, cuts, seed, system, redo_log_mb)
+    except NoDisk as why:
+        pytest.skip(str(why))
+    print(f"{tally}; seed {seed}")
+    assert tally.acknowledged
+    assert (tally.lost, tally.trouble) == ([], []), f"{tally}; seed {seed}"
 
 
 @pytest.mark.timeout(900)

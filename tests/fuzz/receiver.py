@@ -16,7 +16,7 @@ from typing import Literal
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import PatientRootQueryRetrieveInformationModelFind as Find
 
-from dicomnode.spool import sync_folder
+from dicomnode.syncing import sync_folder
 from dicomnode.upper_layer import (
     CALLING_AE,
     Identity,
@@ -62,10 +62,11 @@ class Folder:
     def store(self, requestor: Requestor, received: Received) -> tuple[int, str]:
         if self.drop:
             return 0, ""
+        descriptor = received.file()
         final = self.folder / f"{received.sop_instance_uid}.{received.part.stem}.dcm"
         received.part.rename(final)
         if self.sync:
-            os.fsync(received.descriptor)
+            os.fsync(descriptor)
             sync_folder(self.folder)
         with self._lock:
             self.received.append((requestor, received))
