@@ -4,7 +4,7 @@ One series at a time: as little memory for a million instances as for a hundred.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,28 +43,45 @@ def storage_faults(database: Database, spool: Spool) -> Iterator[Fault | int]:
     Yields a `Fault` for each difference and, at the end, how many instances were compared. Reads
     every byte stored; may run beside a running node.
     """
-    logged, read = set[str](), -_STALE_SECONDS
+    first = logged = in_log(spool)
+    read, told = time.monotonic(), set[str]()
     for found in _differences(database, spool):
         if isinstance(found, Fault):
             if time.monotonic() - read > _STALE_SECONDS:
-                logged, read = _logged(spool), time.monotonic()
+                logged, read = in_log(spool), time.monotonic()
             if found.sop_instance_uid in logged:
-                yield replace(found, what=_IN_LOG)
-                continue
+                told.add(found.sop_instance_uid)
+                found = replace(found, what=IN_LOG)
+        else:  # the last, the count
+            others = {uid: series for uid, series in first.items() if uid not in told}
+            yield from only_in_log(database, others)
         yield found
 
 
-_IN_LOG = (
+IN_LOG = (
     "it is in the redo log: the node puts it right as soon as the journal can be changed, or when "
-    "it starts; then check again"
+    "it starts; then try again"
 )
 _STALE_SECONDS = 1.0
 """After so long a running node may have new instances in its redo log, or have noted what was."""
 
 
-def _logged(spool: Spool) -> set[str]:
-    """The instances that the next start does again."""
-    return {entry.label["arrival"]["sop_instance_uid"] for entry in unsettled(spool.root / REDO)}
+def in_log(spool: Spool) -> dict[str, str]:
+    """The instances that the next start does again, each with its series."""
+    arrivals = [entry.label["arrival"] for entry in unsettled(spool.root / REDO)]
+    return {arrival["sop_instance_uid"]: arrival["series_uid"] for arrival in arrivals}
+
+
+def only_in_log(database: Database, logged: Mapping[str, str]) -> list[Fault]:
+    """Those that the journal does not get: no node runs, or it cannot change the journal."""
+    faults: list[Fault] = []
+    for pause in (0.0, _STALE_SECONDS):  # the row of an instance comes a little after its entry
+        time.sleep(pause)
+        rows = ((uid, series, _row(database, series, uid)) for uid, series in logged.items())
+        faults = [Fault(uid, series, IN_LOG) for uid, series, row in rows if row is None]
+        if not faults:
+            break
+    return faults
 
 
 def _differences(database: Database, spool: Spool) -> Iterator[Fault | int]:

@@ -1,7 +1,8 @@
 """A consistent copy of a node that may be running: its journal and every file the journal names.
 
 The journal is copied first, as it is at one moment; then the files of its rows. What comes later is
-not in the copy; what retention deletes meanwhile is marked so in the copied journal. The folder
+not in the copy; what is in the redo log only, since the node was killed or cannot change its
+journal, is named; what retention deletes meanwhile is marked so in the copied journal. The folder
 gets its name when everything in it is on disk: it is whole or it is not there.
 """
 
@@ -10,13 +11,13 @@ import hashlib
 import os
 import shutil
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sqlalchemy import bindparam, select
 
 from dicomnode import tables as t
-from dicomnode.audit import Fault, file_fault, stored_of
+from dicomnode.audit import IN_LOG, Fault, file_fault, in_log, only_in_log, stored_of
 from dicomnode.errors import BackupError
 from dicomnode.migrations import copy_journal
 from dicomnode.spool import Spool
@@ -40,7 +41,8 @@ class Copied:
     purged: int = 0
     """Files that retention deleted while the backup was made; it does not have them."""
     faults: list[Fault] = field(default_factory=list)
-    """Files that are missing, or not what was received; the backup cannot be better."""
+    """Files that are missing, or not what was received, and instances that only the redo log has:
+    the backup cannot be better."""
 
 
 def back_up(data_dir: Path, target: Path) -> Copied:
@@ -61,8 +63,13 @@ def back_up(data_dir: Path, target: Path) -> Copied:
 def _whole(data_dir: Path, live: Database, part: Path, target: Path) -> Copied:
     """Fill `part` and name it `target`, or leave nothing."""
     try:
+        logged = in_log(Spool(data_dir))  # before the journal: what has left the log is in it
         copy_journal(data_dir / JOURNAL, part / JOURNAL)
         copied = _Copy(data_dir, part).run(live)
+        copied.faults = [
+            replace(fault, what=IN_LOG) if fault.sop_instance_uid in logged else fault
+            for fault in copied.faults
+        ] + only_in_log(live, logged)
         for folder in (part, part.parent):
             sync_folder(folder)
         part.rename(target)  # over an empty folder, if there is one

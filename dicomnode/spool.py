@@ -22,6 +22,8 @@ from dicomnode.syncing import sync_file, sync_folder
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 """A component that begins with 0 breaks PS3.5 9.1, but de-identifiers write it: it is harmless."""
 _PREAMBLE = 132
+_LEAST_FREE_BYTES = 1 << 20
+"""With less the disk is called full, whatever is to be kept free: hardly an instance is smaller."""
 DRAFTS = ".draft-"
 """How the names of folders under results begin in which a series is not finished."""
 
@@ -97,8 +99,11 @@ class Spool:
     def trouble(self) -> str:
         """Why nothing can be stored now, in words; empty: it can."""
         try:
-            if not self.has_room():
+            free = self.free_bytes()
+            if free < self.reserve_bytes:
                 return "free space is below node.reserve_free_gb"
+            if free < _LEAST_FREE_BYTES:
+                return "the disk of node.data_dir is full"
         except OSError as error:
             return f"node.data_dir cannot be used: {_reason(error)}; restart when it is back"
         for folder in (self.incoming, self.received, self.results, self.quarantine):

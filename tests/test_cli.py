@@ -32,7 +32,9 @@ from dicomnode.serving import Serving, tell
 from dicomnode.tables import Database
 from tests.classifiers import brightness
 from tests.factories import NAMES, changed, ct_series, localizer, write_series
-from tests.peers import ROOT, free_port, identity_package, running_node, wait_for
+from tests.fuzz import wire
+from tests.fuzz.wire import Wire
+from tests.peers import ROOT, Node, free_port, identity_package, running_node, wait_for
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -573,17 +575,34 @@ def test_a_port_in_use_ends_serve_with_1(site: Path) -> None:
     )
 
 
-@pytest.mark.network
-def test_a_second_sigterm_stops_at_once(tmp_path: Path) -> None:
-    ae = AE("CT1")
-    ae.add_requested_context(Verification)
+@pytest.fixture
+def idle_node(tmp_path: Path) -> Iterator[Node]:
     settings = {"node": {"unknown_callers": "accept"}, "device": "cpu"}
     with running_node(tmp_path, settings) as node:
-        association = ae.associate("127.0.0.1", node.port, ae_title="DICOMNODE")
-        assert association.is_established
-        assert node.process is not None
-        node.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: "draining" in node.log, "the node to drain")
-        node.process.send_signal(signal.SIGTERM)
-        assert node.process.wait(5) == 128 + signal.SIGTERM
-        association.abort()
+        yield node
+
+
+@pytest.mark.network
+def test_a_second_sigterm_stops_at_once(idle_node: Node) -> None:
+    process = idle_node.process
+    assert process is not None
+    with Wire(idle_node.port) as peer:
+        peer.associate()
+        peer.send(wire.store(bytes(1000), "1.2.3")[:-1])  # what a stop waits for
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "draining" in idle_node.log, "the node to drain")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+
+
+@pytest.mark.network
+def test_an_idle_association_does_not_keep_a_stop_longer_than_docker_waits(idle_node: Node) -> None:
+    ae = AE("CT1")
+    ae.add_requested_context(Verification)
+    association = ae.associate("127.0.0.1", idle_node.port, ae_title="DICOMNODE")
+    assert association.is_established
+    assert idle_node.process is not None
+    idle_node.process.send_signal(signal.SIGTERM)
+    assert idle_node.process.wait(10) == 0
+    association.join(5)
+    assert association.is_aborted

@@ -128,6 +128,9 @@ def test_a_disk_that_fills_up_refuses_and_takes_the_same_series_again(
         assert set(first[1:]) == {0, OUT_OF_RESOURCES}
         assert echo(node.port) < 2
         assert half_stored(node) == []
+        status, body = node.get("readyz")
+        assert status == 503
+        assert "the disk of node.data_dir is full" in str(body)
         kept = {path.stem for path in small_disk.glob("received/*/*.dcm")}
         accepted = {
             str(ds.SOPInstanceUID) for ds, status in zip(series, first, strict=True) if not status

@@ -508,6 +508,28 @@ def test_drain_lets_associations_end_and_aborts_the_rest(handler: Folder) -> Non
     assert listener.port == 0
 
 
+def test_drain_waits_for_messages_and_not_for_silent_associations(
+    handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.upper_layer.listener._SILENT_SECONDS", 0.5)
+    listener = listening(handler)
+    draining = threading.Thread(target=listener.drain, args=(30,))
+    with Wire(listener.port) as silent, Wire(listener.port) as working:
+        whole = wire.store(bytes(200_000), "1.2.3")
+        silent.associate()
+        assert silent.echo() == 0
+        working.associate()
+        working.send(whole[:100_000])
+        draining.start()
+        assert silent.read() == (wire.ABORT, bytes(4))
+        assert draining.is_alive()
+        assert working.status(whole[100_000:])[1] == 0
+        assert working.ask(wire.RELEASE_RQ_PDU)[0] == wire.RELEASE_RP
+        draining.join(10)
+    assert not draining.is_alive()
+    assert sorted(handler.ends) == [("WIRE", "aborted"), ("WIRE", "released")]
+
+
 # a data set on its way
 
 _META = file_meta("1.2", "1.2.3", EXPLICIT, "CT1", "1.2.4", "X")

@@ -7,8 +7,10 @@ before it has been compared with a limit.
 import contextlib
 import functools
 import logging
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Literal
@@ -138,10 +140,15 @@ class Association:
         self._pdu_length = 0
         self._reason = AbortReason.NOT_SPECIFIED
         self._outgoing = b""  # what the next action sends
+        self._silent_since = math.inf  # a message is under way
 
     @property
     def established(self) -> bool:
         return self._requestor is not None
+
+    def silent(self, seconds: float) -> bool:
+        """Has nothing come for so long, between messages?"""
+        return time.monotonic() - self._silent_since >= seconds
 
     def run(self) -> bytes | None:
         """Serve until the end, then close; or return what was read of one that is not ours."""
@@ -197,9 +204,11 @@ class Association:
             self._stream.expire_in(self._limits.idle_seconds)
             if self._abort_wanted:
                 return Event.ABORT_REQUEST
-            if self._service is not None:
+            if self._service is not None and not self._service.busy:
+                self._silent_since = time.monotonic()
                 self._service.rest()
         kind, self._pdu_length = pdu.HEADER.unpack(self._stream.exactly(pdu.HEADER.size))
+        self._silent_since = math.inf
         event = _EVENT_OF_PDU.get(kind)
         if event is None:
             raise InvalidPdu("unrecognised PDU", AbortReason.UNRECOGNISED_PDU)

@@ -28,6 +28,9 @@ _NO_RESOURCES_SECONDS = 0.2
 
 _MOST_UNANSWERED = 64
 """Messages that pynetdicom may hold of one association, one being answered; beyond, it is ended."""
+_SILENT_SECONDS = 3.0
+"""After so long without a message an association is not waited for when we stop."""
+_LOOK_SECONDS = 0.2
 _ABORTED_SECONDS = 5
 """For the thread of an aborted association to end."""
 
@@ -173,6 +176,11 @@ class _Connection:
         """Does an association run on it?"""
         return self.handed_over or (self.association is not None and self.association.established)
 
+    @property
+    def silent(self) -> bool:
+        """Does nobody seem to need its association? Of pynetdicom's we cannot tell."""
+        return self.association is not None and self.association.silent(_SILENT_SECONDS)
+
     def cut(self) -> None:
         """End its blocking calls from another thread; its own thread then closes it."""
         self.leaving = True
@@ -237,7 +245,10 @@ class Listener:
         ).start()
 
     def drain(self, grace: float) -> None:
-        """Take no more connections; let associations end for `grace` seconds, then abort them."""
+        """Take no more connections; let associations end for `grace` seconds, then abort them.
+
+        Those that carry no message for `_SILENT_SECONDS` are aborted earlier.
+        """
         listening, self._socket = self._socket, None
         if listening is None:
             return
@@ -245,15 +256,20 @@ class Listener:
             listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`, as closing would not
         listening.close()
         deadline = time.monotonic() + grace
-        for connection, thread in self._connections():
-            if connection.established:
-                thread.join(max(0.0, deadline - time.monotonic()))
+        while (left := deadline - time.monotonic()) > 0:
+            working = [pair for pair in self._connections() if pair[0].established]
+            if not working:
+                break
+            for connection, _ in working:
+                if connection.silent:
+                    connection.abort()
+            working[0][1].join(min(left, _LOOK_SECONDS))
         if self._library is not None:
             self._library.abort()
-        left = self._connections()
-        for connection, _ in left:
+        others = self._connections()
+        for connection, _ in others:
             connection.abort()
-        for connection, thread in left:
+        for connection, thread in others:
             thread.join(_ABORTED_SECONDS)
             connection.cut()
 

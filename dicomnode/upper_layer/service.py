@@ -162,7 +162,7 @@ class Service:
 
     def rest(self) -> None:
         """Give back what receiving data sets needs, for as long as none come."""
-        if not self.busy and self._block is not None and self._stream.silent(_REST_SECONDS):
+        if self._block is not None and self._stream.silent(_REST_SECONDS):
             self._release()
 
     def end(self) -> None:
