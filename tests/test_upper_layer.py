@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from unittest.mock import ANY
 
 import pytest
@@ -38,6 +39,7 @@ from tests.peers import wait_for
 
 pytestmark = pytest.mark.network
 
+How = Literal["released", "aborted"]
 LARGE = 12 * wire.p_data(3, 0, bytes(100_000))
 """Part of a data set that is not kept in memory."""
 
@@ -508,7 +510,7 @@ def test_drain_lets_associations_end_and_aborts_the_rest(handler: Folder) -> Non
     assert listener.port == 0
 
 
-def test_drain_waits_for_messages_and_not_for_silent_associations(
+def test_drain_waits_for_messages_and_not_for_silent_peers(
     handler: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dicomnode.upper_layer.listener._SILENT_SECONDS", 0.5)
@@ -525,9 +527,34 @@ def test_drain_waits_for_messages_and_not_for_silent_associations(
         assert draining.is_alive()
         assert working.status(whole[100_000:])[1] == 0
         assert working.ask(wire.RELEASE_RQ_PDU)[0] == wire.RELEASE_RP
-        draining.join(10)
+        draining.join(10)  # neither has closed its connection
     assert not draining.is_alive()
     assert sorted(handler.ends) == [("WIRE", "aborted"), ("WIRE", "released")]
+
+
+def test_drain_lets_the_answer_to_a_release_go_out(
+    handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the node takes to note the end."""
+    listener, noted = listening(handler), threading.Event()
+    ended = handler.ended
+
+    def slow(requestor: Requestor, how: How) -> None:
+        noted.wait(10)
+        ended(requestor, how)
+
+    monkeypatch.setattr(handler, "ended", slow)
+    draining = threading.Thread(target=listener.drain, args=(30,))
+    with Wire(listener.port) as peer:
+        peer.associate()
+        peer.send(wire.RELEASE_RQ_PDU)
+        wait_for(lambda: listener.associations == 0, "the end to be noted", 5)
+        draining.start()
+        wait_for(lambda: listener.port == 0, "the drain to begin", 5)
+        threading.Timer(0.5, noted.set).start()
+        assert peer.read()[0] == wire.RELEASE_RP
+    draining.join(10)
+    assert not draining.is_alive()
 
 
 # a data set on its way

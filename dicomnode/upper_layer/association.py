@@ -137,8 +137,7 @@ class Association:
         self._peer_max_length = 0
         self._abort_wanted = False
         self._untouched: bytes | None = None
-        self._pdu_length = 0
-        self._reason = AbortReason.NOT_SPECIFIED
+        self._pdu_length, self._reason = 0, AbortReason.NOT_SPECIFIED
         self._outgoing = b""  # what the next action sends
         self._silent_since = math.inf  # a message is under way
 
@@ -147,7 +146,7 @@ class Association:
         return self._requestor is not None
 
     def silent(self, seconds: float) -> bool:
-        """Has nothing come for so long, between messages?"""
+        """Has nothing come for so long, between messages or after the end?"""
         return time.monotonic() - self._silent_since >= seconds
 
     def run(self) -> bytes | None:
@@ -353,6 +352,7 @@ class Association:
 
     def _await_close(self) -> State:
         self._stream.expire_in(self._limits.artim_seconds)
+        self._silent_since = time.monotonic()
         return State.AWAITING_CLOSE
 
     def _end(self) -> State:

@@ -12,7 +12,7 @@ from pynetdicom import AE, _config, evt
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
 from dicomnode.upper_layer import pdu
-from dicomnode.upper_layer.association import Association
+from dicomnode.upper_layer.association import Association, State
 from dicomnode.upper_layer.guests import Guest, refuse_incomplete
 from dicomnode.upper_layer.negotiation import is_ours
 from dicomnode.upper_layer.service import Handler, Identity, Limits, Requestor
@@ -28,6 +28,7 @@ _NO_RESOURCES_SECONDS = 0.2
 
 _MOST_UNANSWERED = 64
 """Messages that pynetdicom may hold of one association, one being answered; beyond, it is ended."""
+_BEFORE_ITS_REQUEST = (State.IDLE, State.AWAITING_REQUEST)
 _SILENT_SECONDS = 3.0
 """After so long without a message an association is not waited for when we stop."""
 _LOOK_SECONDS = 0.2
@@ -177,8 +178,14 @@ class _Connection:
         return self.handed_over or (self.association is not None and self.association.established)
 
     @property
+    def begun(self) -> bool:
+        """Is its request answered, and the connection not at its end?"""
+        ours = self.association
+        return self.handed_over or (ours is not None and ours.state not in _BEFORE_ITS_REQUEST)
+
+    @property
     def silent(self) -> bool:
-        """Does nobody seem to need its association? Of pynetdicom's we cannot tell."""
+        """Does nobody seem to need it? Of an association of pynetdicom's we cannot tell."""
         return self.association is not None and self.association.silent(_SILENT_SECONDS)
 
     def cut(self) -> None:
@@ -247,7 +254,8 @@ class Listener:
     def drain(self, grace: float) -> None:
         """Take no more connections; let associations end for `grace` seconds, then abort them.
 
-        Those that carry no message for `_SILENT_SECONDS` are aborted earlier.
+        Those on which no message comes for `_SILENT_SECONDS` are aborted earlier; as long a peer
+        has to close the connection after the end of its association.
         """
         listening, self._socket = self._socket, None
         if listening is None:
@@ -256,14 +264,13 @@ class Listener:
             listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`, as closing would not
         listening.close()
         deadline = time.monotonic() + grace
-        while (left := deadline - time.monotonic()) > 0:
-            working = [pair for pair in self._connections() if pair[0].established]
-            if not working:
-                break
+        working = [pair for pair in self._connections() if pair[0].begun]
+        while working and (left := deadline - time.monotonic()) > 0:
             for connection, _ in working:
                 if connection.silent:
                     connection.abort()
             working[0][1].join(min(left, _LOOK_SECONDS))
+            working = [pair for pair in working if pair[1].is_alive()]
         if self._library is not None:
             self._library.abort()
         others = self._connections()
