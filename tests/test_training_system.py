@@ -187,6 +187,13 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(root: Path, tmp_pat
         assert torch.allclose(held, other, atol=1e-5)
 
 
+def test_a_dry_run_of_two_processes_speaks_once(root: Path, tmp_path: Path) -> None:
+    path = write_config(root, tmp_path)
+    done = torchrun(2, "training/train.py", "--dry-run", str(path), "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dry run: nothing was written") == 1
+
+
 JOINED_AND_LEFT = """
 import pathlib, torch
 from training import processes

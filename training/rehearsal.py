@@ -5,6 +5,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from dicomnode.imaging.networks import count_weights
 from training import processes
 from training.config import TrainConfig
@@ -12,8 +14,10 @@ from training.material import load_material
 from training.recipes.build import build_recipe
 
 
-def rehearse(config: TrainConfig) -> list[str]:
+def rehearse(config: TrainConfig, place: torch.device) -> list[str]:
     """Lines for the screen: what there is, what a step costs, where the figures start.
+
+    Of several processes the first has something to say.
 
     Raises:
         DicomNodeError: whatever would stop the run itself.
@@ -21,11 +25,12 @@ def rehearse(config: TrainConfig) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         material = load_material(_elsewhere(config, Path(folder)))
     recipe = build_recipe(config, material.epoch_steps)
-    place = processes.start(config.device)
     recipe.to(place)
     began = time.monotonic()
-    losses = recipe.step(material.batch(0).to(place), 0)
+    losses = recipe.step(processes.own_share(material.batch(0)).to(place), 0)
     seconds = time.monotonic() - began
+    if not processes.first():
+        return []
     weights = {name: count_weights(network) for name, network in recipe.results().items()}
     figures = material.figures(recipe.results(), "validation")
     lines = [*material.describe(), f"data: SHA-256 {material.digest()}"]

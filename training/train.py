@@ -44,11 +44,14 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(words.config, words.overrides)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    if words.dry_run:
-        print(*rehearse(config), sep="\n")
-        return
     place = processes.start(config.device)
     try:
+        if config.optimisation.batch_size % processes.count():
+            raise TrainingError(f"optimisation.batch_size: want a multiple of {processes.count()}")
+        if words.dry_run:
+            for line in rehearse(config, place):
+                print(line)
+            return
         material = load_alike(config)
         recipe = build_recipe(config, material.epoch_steps)
         recipe.to(place)
@@ -60,8 +63,6 @@ def main(argv: Sequence[str]) -> None:
 
 def load_alike(config: TrainConfig) -> Material:
     """The data; the first process makes what is not cached yet, then the others read it."""
-    if config.optimisation.batch_size % processes.count():
-        raise TrainingError(f"optimisation.batch_size: want a multiple of {processes.count()}")
     if not processes.first():
         processes.wait()
     material = load_material(config)
