@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -366,10 +365,10 @@ def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path) -> None:
     out, datasets = tmp_path / "out", ct_series(20, 16, 16)
 
     def write_all(draft: Draft) -> None:
-        for dataset in datasets:
+        for number, dataset in enumerate(datasets):
             draft.add(dataset)
-            for folder in out.iterdir():
-                shutil.rmtree(folder)
+            for folder in out.iterdir():  # in one step: others are writing there
+                folder.rename(tmp_path / f"gone-{number}")
         draft.commit()
 
     with Draft(out) as draft, pytest.raises(OutOfResources):
