@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,13 +64,16 @@ def back_up(data_dir: Path, target: Path) -> Copied:
 def _whole(data_dir: Path, live: Database, part: Path, target: Path) -> Copied:
     """Fill `part` and name it `target`, or leave nothing."""
     try:
-        logged = in_log(Spool(data_dir))  # before the journal: what has left the log is in it
+        spool = Spool(data_dir)
+        logged = in_log(spool)  # before the journal: what has left the log is in it
+        only_in_log(live, logged)  # gives rows that are on their way the time they need
         copy_journal(data_dir / JOURNAL, part / JOURNAL)
-        copied = _Copy(data_dir, part).run(live)
+        copied = _Copy(data_dir, part).run(live, logged)
+        still = in_log(spool)
         copied.faults = [
-            replace(fault, what=IN_LOG) if fault.sop_instance_uid in logged else fault
+            replace(fault, what=IN_LOG) if fault.sop_instance_uid in still else fault
             for fault in copied.faults
-        ] + only_in_log(live, logged)
+        ]
         for folder in (part, part.parent):
             sync_folder(folder)
         part.rename(target)  # over an empty folder, if there is one
@@ -105,13 +109,15 @@ class _Copy:
         self._from, self._to = Spool(data_dir), Spool(part)
         self._part, self._copied = part, Copied()
 
-    def run(self, live: Database) -> Copied:
+    def run(self, live: Database, logged: Mapping[str, str]) -> Copied:
+        """`logged`: see `in_log`, before the journal was copied."""
         copy = Database(self._part / JOURNAL, create=False)
         try:
             self._to.prepare()
             self._received(live, copy)
             self._results(live, copy)
             self._quarantine(copy)
+            self._copied.faults += only_in_log(copy, logged)
         finally:
             copy.close()
         for folder in (self._to.received, self._to.results, self._to.quarantine):

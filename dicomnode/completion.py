@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from dicomnode import metrics
 from dicomnode.config import NodeConfig
+from dicomnode.errors import JournalBusy
 from dicomnode.expected import Expected, expected_count
 from dicomnode.imaging.marks import is_synthetic
 from dicomnode.jobs import Jobs
@@ -62,8 +63,11 @@ class Completion:
             if seen is None or seen[0] != series.last_received:
                 seen = (series.last_received, clock)
             self._changed[series.series_uid] = seen
+        for series in open_series:
             try:
                 closed += self._judge(series, now, clock)
+            except JournalBusy:  # nor would the others get further
+                raise
             except Exception:  # one series that breaks must not hold up the others
                 log.exception("series %s could not be judged", series.series_uid)
         return len(open_series), closed

@@ -118,7 +118,9 @@ def _accepted(config: NodeConfig) -> list[str]:
 def _statuses() -> list[str]:
     rows = [
         ("0x0000", "stored: the instance and its journal entry are durable"),
-        ("0x0111", "other bytes are stored under this SOP Instance UID; quarantined"),
+        ("0x0111", "other bytes were stored under this SOP Instance UID; quarantined"),
+        ("0x0117", "the request names no valid SOP Instance UID"),
+        ("0x0122", "the request names another SOP class than its presentation context"),
         ("0xA700", "out of resources"),
         ("0xA900", "data set does not match SOP class or instance of the request"),
         ("0xC000", "cannot understand"),

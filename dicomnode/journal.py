@@ -238,7 +238,7 @@ class Journal:
         mine = i.sop_instance_uid == arrival.sop_instance_uid
         known = db.execute(select(i.series_uid, i.sha256).where(mine)).one()
         if tuple(known) != (arrival.series_uid, arrival.sha256):
-            raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
+            raise DuplicateInstance("other bytes were stored under this SOP Instance UID")
 
     def _touch(self, db: Connection, arrival: Arrival, now: float) -> None:
         """A repeat keeps an open series waiting, and the files of a closed one for their time."""

@@ -186,7 +186,8 @@ class Node:
     def reasons_not_ready(self) -> list[str]:
         """Why this node cannot do its whole job now; empty: it can."""
         reasons = [] if self._scp.listening else ["the Storage SCP does not listen"]
-        here = (self._spool.trouble(), self._database.trouble(), self._redo.trouble)
+        journal = self._database.trouble() or self._database.locked()
+        here = (self._spool.trouble(), journal, self._redo.trouble)
         reasons += filter(None, (*here, self._journal.waiting.trouble))
         if self._dispatcher.trouble:
             reasons.append(self._dispatcher.trouble)
@@ -250,16 +251,23 @@ class Node:
 
     def keep_house(self) -> None:
         """Delete what is past its time; before it, what is delivered, if the disk is too full."""
-        rules = Rules.of(self._config)
-        purged = 0
+        deleted = True  # for all we know, if it breaks off
+        try:
+            deleted = self._delete_files()
+        finally:
+            if deleted:
+                self._redo.wipe()
+        self._stop.wait(_ROOM_SECONDS)
+
+    def _delete_files(self) -> bool:
+        """Those that may go; False if none did."""
+        rules, purged = Rules.of(self._config), 0
         if time.monotonic() >= self._next_purge:
             purged = purge(self._database, self._spool, rules, time.time())
             self._next_purge = time.monotonic() + _HOUSEKEEPING_SECONDS
         if freed := make_room(self._database, self._spool, rules, time.time()):
             log.info("%d MB of delivered files deleted to make room", freed // 1_000_000)
-        if purged or freed:
-            self._redo.wipe()
-        self._stop.wait(_ROOM_SECONDS)
+        return bool(purged or freed)
 
     def _refresh(self) -> None:
         """Gauges that are read from the journal when somebody asks."""

@@ -8,7 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from dicomnode.errors import ConfigError, DuplicateInstance, InstanceRefused, JournalBusy
+from dicomnode.errors import (
+    ConfigError,
+    DuplicateInstance,
+    InstanceRefused,
+    JournalBusy,
+    OutOfResources,
+)
 from dicomnode.jobs import Jobs
 from dicomnode.journal import Arrival, Journal
 from dicomnode.premises import link_problem
@@ -16,6 +22,7 @@ from dicomnode.redo import RedoLog
 from dicomnode.scp import read_arrival_header
 from dicomnode.segments import Entry
 from dicomnode.spool import Spool, dataset_digest
+from dicomnode.syncing import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +113,8 @@ def _restore(spool: Spool, journal: Journal, redo: RedoLog, late: str) -> None:
         whole = trusted and _holds(spool.path(*place), arrival)
         if not whole:
             spool.put_back(*place, entry.read())
+        if not redo.wanted:  # the file system may be one that cannot be synced as a whole
+            spool.settle(*place)
         if known is None or known[2]:
             if arrival.association is None or not journal.has_association(arrival.association):
                 arrival = replace(arrival, association=None)  # the journal is an older copy
@@ -116,12 +125,16 @@ def _restore(spool: Spool, journal: Journal, redo: RedoLog, late: str) -> None:
         restored += 1
 
     def then() -> None:
+        if not redo.wanted:
+            sync_folder(spool.received)
         if doubted:  # the rows, too, may be whole in memory only
             journal.rewrite()
 
     try:
         redo.restore(again, then)
     except JournalBusy as error:
+        raise ConfigError(f"node.data_dir: {error}") from error
+    except OutOfResources as error:
         raise ConfigError(f"node.data_dir: {error}") from error
     except OSError as error:
         raise ConfigError(

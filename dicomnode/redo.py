@@ -30,6 +30,7 @@ from dicomnode.segments import (
     unsettled,
 )
 from dicomnode.segments import make as make_segment
+from dicomnode.syncing import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,14 @@ class RedoLog:
         self._all: set[Segment] = set()
         self._numbers = itertools.count(time.time_ns())  # later than those of any earlier run
         self._names = itertools.count()
+        self._refused: dict[Segment, Mapping[str, Any]] = {}
         self._stopping = self._failed = False
         self._looks = math.inf  # when `step` looks again, if nobody wakes it
+
+    @property
+    def wanted(self) -> bool:
+        """Are instances to go through it from now on, or is there only what an earlier run left?"""
+        return self._wanted > 0
 
     @property
     def trouble(self) -> str:
@@ -79,6 +86,13 @@ class RedoLog:
         if not self._failed:
             return ""
         return "the disk refused to keep what it had taken; mend it and restart"
+
+    def refused(self) -> list[Mapping[str, Any]]:
+        """The labels of entries that were refused and that the disk does not let us take back.
+
+        Until their segments are gone, a crash would bring these instances back.
+        """
+        return list(self._refused.values()) if self._refused else []
 
     # appending
 
@@ -98,11 +112,13 @@ class RedoLog:
             return
         try:
             logged = self._append(segment, words, written)
+            if not logged:
+                self._take_back(segment, label)
             try:
                 yield logged
             except BaseException:  # raised again: whatever it is, the instance was refused
                 if logged:
-                    self._take_back(segment)
+                    self._take_back(segment, label)
                 raise
         finally:  # not earlier: it must not be cleared before the block has done its part
             self._give_back(segment)
@@ -115,13 +131,15 @@ class RedoLog:
             segment.broken = True
         return not segment.broken
 
-    def _take_back(self, segment: Segment) -> None:
+    def _take_back(self, segment: Segment, label: Mapping[str, Any]) -> None:
         """Done again, it could take the place of what its sender sends instead."""
         try:
             segment.take_back()
         except OSError as error:
             log.error("the redo log cannot be written: %s", error.strerror)
             segment.broken = True
+            with self._changed:
+                self._refused[segment] = label
 
     def _take(self, size: int) -> Segment | None:
         with self._changed:
@@ -200,7 +218,8 @@ class RedoLog:
         with self._changed:
             for segment in batch:
                 if segment.broken:
-                    segment.close(remove=True)
+                    if segment.close(remove=True):
+                        self._refused.pop(segment, None)
                     self._all.remove(segment)
                 else:
                     self._ready.insert(0, segment)
@@ -234,10 +253,8 @@ class RedoLog:
     def wipe(self) -> None:
         """Overwrite what settled entries left: retention has deleted files that may be there still.
 
-        Where there are new entries, too, as soon as these are settled.
-
-        Raises:
-            OSError: the disk refuses.
+        Where there are new entries, too, as soon as these are settled. A segment that the disk
+        does not let us overwrite is removed.
         """
         with self._changed:
             for one in self._all:
@@ -245,8 +262,14 @@ class RedoLog:
         while segment := self._idle():
             try:
                 segment.wipe()
-            finally:
-                with self._changed:
+            except OSError as error:
+                log.error("a segment of the redo log is given up: %s", error.strerror)
+                segment.broken = True
+            with self._changed:
+                if segment.broken:
+                    self._full.append(segment)
+                    self._changed.notify_all()
+                else:
                     self._ready.insert(0, segment)
 
     def _idle(self) -> Segment | None:
@@ -285,14 +308,16 @@ class RedoLog:
         """
         batch, self._full, self._ready = self._full + self._ready, [], []
         used = [segment for segment in batch if segment.since is not None]
+        settled = False
         try:
             if used and not self._failed:
                 self._make_durable()
                 for segment in used:
                     self._empty(segment)
+            settled = not self._failed
         finally:
             for segment in batch:
-                segment.close()
+                segment.close(remove=settled and segment.broken)
 
     # after a stop
 
@@ -309,6 +334,7 @@ class RedoLog:
             OSError: the disk refuses.
         """
         self._folder.mkdir(exist_ok=True)
+        sync_folder(self._folder.parent)
         for half in self._folder.glob("*.new"):
             half.unlink()
         found = paths(self._folder)

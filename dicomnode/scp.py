@@ -51,6 +51,7 @@ from dicomnode.upper_layer import (
 log = logging.getLogger(__name__)
 
 SUCCESS = 0x0000
+_ANSWERED = "answered 0x%04X to %s, instance %s: %s"
 _NOT_AUTHORISED = 0x0124
 _ARRIVAL_TAGS = [
     tag for tag in map(tag_for_keyword, (*ARRIVAL_KEYWORDS, *EXPECTED_KEYWORDS)) if tag is not None
@@ -84,6 +85,11 @@ class _Open:
     @property
     def peer(self) -> str:
         return self.admission.peer or "unknown"
+
+    @property
+    def caller(self) -> str:
+        """For the log."""
+        return f"{self.peer} at {self.requestor.host}"
 
 
 class StorageScp:
@@ -207,11 +213,11 @@ class StorageScp:
             status, comment = SUCCESS, ""
         except InstanceRefused as refusal:
             status, comment = refusal.status, str(refusal)
-            log.warning("answered 0x%04X: %s", status, refusal)
+            log.warning(_ANSWERED, status, opened.caller, received.sop_instance_uid, refusal)
         except (SQLAlchemyError, JournalError) as error:
             status, comment = OutOfResources.status, "the journal cannot be written now; try again"
             why = error if isinstance(error, JournalError) else type(error).__name__
-            log.error("answered 0x%04X: %s", status, why)
+            log.error(_ANSWERED, status, opened.caller, received.sop_instance_uid, why)
         peer, size = opened.admission.peer, received.size
         wait = self.access.delay(peer, 1, size, time.monotonic())  # its pace, by the config
         if wait > 0:  # to sleep for nothing may cost a turn of the scheduler

@@ -150,12 +150,15 @@ class Segment:
         os.fdatasync(self._file)
         self._soiled, self.to_wipe = 0, False
 
-    def close(self, *, remove: bool = False) -> None:
+    def close(self, *, remove: bool = False) -> bool:
+        """`remove`: its file, too. True if that was wanted and is durable."""
         os.close(self._file)
         if remove:
             with contextlib.suppress(OSError):  # the next start removes it, if it is too many
                 self.path.unlink()
                 sync_folder(self.path.parent)
+                return True
+        return False
 
 
 def make(path: Path) -> None:
@@ -198,7 +201,11 @@ def unsettled(folder: Path) -> list[Entry]:
 
 def _entries(path: Path) -> Iterator[Entry]:
     use, at = None, 0
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:  # a running node gives a segment up
+        return
+    with opened as file:
         while len(block := _at(file, at, _BLOCK)) == _BLOCK:
             *head, told = _HEAD.unpack_from(block)
             _, mine, number, words, size, start, digest = head

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dicomnode.errors import CannotUnderstand, OutOfResources
 from dicomnode.syncing import sync_file, sync_folder
@@ -22,6 +23,7 @@ from dicomnode.syncing import sync_file, sync_folder
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 """A component that begins with 0 breaks PS3.5 9.1, but de-identifiers write it: it is harmless."""
 _PREAMBLE = 132
+_FULL = "the disk of node.data_dir is full"
 _LEAST_FREE_BYTES = 1 << 20
 """With less the disk is called full, whatever is to be kept free: hardly an instance is smaller."""
 DRAFTS = ".draft-"
@@ -94,7 +96,8 @@ class Spool:
     def check_room(self, size: int = 0) -> None:
         """Raises OutOfResources if `size` bytes more would leave less than `reserve_bytes`."""
         if not self.has_room(size):
-            raise OutOfResources("free space is below node.reserve_free_gb")
+            full = "free space is below node.reserve_free_gb"
+            raise OutOfResources(full if self.reserve_bytes else _FULL)
 
     def trouble(self) -> str:
         """Why nothing can be stored now, in words; empty: it can."""
@@ -103,14 +106,17 @@ class Spool:
             if free < self.reserve_bytes:
                 return "free space is below node.reserve_free_gb"
             if free < _LEAST_FREE_BYTES:
-                return "the disk of node.data_dir is full"
+                return _FULL
         except OSError as error:
             return f"node.data_dir cannot be used: {_reason(error)}; restart when it is back"
         for folder in (self.incoming, self.received, self.results, self.quarantine):
             if not folder.is_dir():
                 return "node.data_dir has lost its folders; restart when it is back"
-            if not os.access(folder, os.W_OK):
-                return "node.data_dir cannot be written"
+            try:  # by writing: a file system that an error made read-only tells nobody else
+                with TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                return f"node.data_dir cannot be written: {_reason(error)}"
         return ""
 
     def keep(self, part: Path, series_uid: str, sop_instance_uid: str) -> Path | None:

@@ -44,6 +44,10 @@ class Storing:
             self._journal.waiting.flush()
         if trouble := self._redo.trouble:
             raise OutOfResources(trouble)
+        for label in self._redo.refused():
+            known = label["arrival"]["sop_instance_uid"], label["arrival"]["sha256"]
+            if known[0] == arrival.sop_instance_uid and known[1] != arrival.sha256:
+                raise OutOfResources("what was refused before is in the redo log; send it later")
         if self._keep_in_log(received, arrival, now) or self._keep_file(received, arrival, now):
             metrics.bytes_received.inc(received.file_size)
 
@@ -71,9 +75,10 @@ class Storing:
         """False if it was known. Whether it is is asked first only where a file is there."""
         part, place = received.part, (arrival.series_uid, arrival.sop_instance_uid)
         descriptor = received.file()
-        kept = self._spool.place(part, *place)
-        if kept is None:
-            self._compare(part, arrival, now)
+        while (kept := self._spool.place(part, *place)) is None:
+            with contextlib.suppress(FileNotFoundError):  # retention has just deleted what is there
+                self._compare(part, arrival, now)
+                break
         try:
             with self._logged(received, arrival, now) as logged:
                 if not logged:
@@ -123,4 +128,4 @@ class Storing:
     def _refuse_other(self, part: Path, arrival: Arrival, now: float) -> NoReturn:
         self._spool.set_aside(part, arrival.sop_instance_uid, arrival.sha256)
         self._journal.record_conflict(arrival, now)
-        raise DuplicateInstance("other bytes are stored under this SOP Instance UID")
+        raise DuplicateInstance("other bytes were stored under this SOP Instance UID")

@@ -4,10 +4,10 @@ Times are seconds since the epoch. SQLite in WAL mode with synchronous=FULL: a t
 has returned survives a power cut, unless it was committed `unsynced`.
 """
 
-import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +30,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from dicomnode.errors import JournalBusy, JournalError
-from dicomnode.group_commit import GroupCommit, busy, lengthen, rewrite
+from dicomnode.group_commit import GroupCommit, busy
 from dicomnode.migrations import SCHEMA_VERSION, check_version, migrate, version_of
 from dicomnode.statements import Quick
-from dicomnode.syncing import sync_file
+from dicomnode.wal import lengthen, rewrite, sync_log, why_locked
 
 BUSY_SECONDS = 5.0
 """How long a change waits for its turn, and then for another program that has locked the journal:
@@ -262,6 +262,10 @@ class Database:
             return ""
         return f"{self._path.name} was deleted or replaced while it was in use; put it back"
 
+    def locked(self) -> str:
+        """Why no change can be made now, in words; empty: one could. Waits for a second."""
+        return why_locked(self._engine, 1.0)
+
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One transaction: all of it or nothing, durable when the block ends.
@@ -297,13 +301,8 @@ class Database:
         return self._group.commit(change, unsynced=unsynced)
 
     def sync(self) -> None:
-        """Make durable what was committed `unsynced`.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        with suppress(FileNotFoundError):  # SQLite has moved it all to the journal
-            sync_file(Path(f"{os.path.realpath(self._path)}-wal"))
+        """Make durable what was committed `unsynced`; raises OSError if the disk refuses."""
+        sync_log(self._path)
 
     def rewrite(self) -> None:
         """Write what SQLite's log holds to the journal itself, durably: the log may not last.
@@ -314,12 +313,13 @@ class Database:
         rewrite(self._engine)
 
     def look_up(self, query: Quick, values: Mapping[str, Any]) -> list[Any]:
-        """As `read`, for what is asked for every instance (8 us instead of 70)."""
-        connection = self._engine.raw_connection()
+        """As `read`, for what is asked for every instance (8 us, not 70). Raises JournalBusy."""
         try:
+            connection = self._engine.raw_connection()
+        except sqlite3.Error as error:  # past SQLAlchemy, nobody translates it
+            raise JournalBusy(f"the journal cannot be opened: {error}") from error
+        with closing(connection):
             return query.over(connection.driver_connection, values).fetchall()
-        finally:
-            connection.close()
 
     def read(self, query: Any, values: Mapping[str, Any] | None = None) -> list[Any]:
         """The rows of one query, of the last committed state; `values` of its parameters."""

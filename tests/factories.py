@@ -4,6 +4,8 @@
 numbers still carry the bytes a sender wrote.
 """
 
+import hashlib
+import mmap
 import subprocess
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -30,8 +32,9 @@ from pydicom.uid import (
 )
 
 from dicomnode.imaging.pixels import Encoding
+from dicomnode.journal import Arrival
 from dicomnode.redo import REDO, RedoLog
-from dicomnode.segments import SEGMENT_BYTES
+from dicomnode.segments import HEADROOM, SEGMENT_BYTES, Written
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
@@ -403,6 +406,18 @@ def small_log(folder: Path) -> RedoLog:
     log.restore(lambda *_: None)
     log.step()
     return log
+
+
+def enter(log: RedoLog, series_uid: str, uid: str) -> Arrival:
+    """Put an instance of 100 zeros into a redo log, and nowhere else."""
+    digest = hashlib.sha256(bytes(100)).hexdigest()
+    facts = (series_uid, "1", "CT", "1.2", "1.2", digest, 100, "CT1", "DICOMNODE", None, None)
+    arrival = Arrival(uid, *facts)
+    content = memoryview(mmap.mmap(-1, 2 * HEADROOM))
+    label = {"received": 1.0, "arrival": arrival.plain()}
+    with log.entry(label, Written(content, 100, 0, digest)) as logged:
+        assert logged
+    return arrival
 
 
 def file_bytes(ds: Dataset) -> bytes:

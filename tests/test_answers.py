@@ -1,14 +1,17 @@
 """Every answer to a C-STORE request is counted, whoever chose its status: seen on associations."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
+from sqlalchemy import Engine
 
 from dicomnode.config import config_from_mapping
 from dicomnode.journal import Journal
+from dicomnode.redo import REDO
 from dicomnode.scp import StorageScp
 from dicomnode.segments import unsettled
 from dicomnode.series import Carriers
@@ -147,6 +150,57 @@ def test_an_instance_whose_row_waits_is_known(
     with sqlite3.connect(tmp_path / "journal.db") as journal:
         found = journal.execute("SELECT sop_instance_uid, series_uid FROM instances").fetchall()
     assert sorted(found) == [("1.2.3.3", "1.5"), (UID, "1.5")]
+
+
+def test_a_file_that_retention_deletes_meanwhile_is_stored_again(
+    peer: Wire, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its name and the look into it."""
+    assert _sent(peer) == 0
+    known = Journal.known
+
+    def deleted(journal: Journal, uid: str) -> object:
+        found = known(journal, uid)
+        if found is not None and spool.has("1.5", uid):
+            spool.path("1.5", uid).unlink()
+            return (*found[:2], True)
+        return found
+
+    monkeypatch.setattr(Journal, "known", deleted)
+    assert _sent(peer) == 0
+    assert _lies(spool) == {"received": ["1.5"], "quarantine": []}
+
+
+def test_a_journal_that_cannot_be_opened_once_more_is_out_of_resources(
+    peer: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Engine) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    assert _sent(peer, uid="1.2.3.9") == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(Engine, "raw_connection", refuse)
+        assert _sent(peer) == 0xA700
+    assert _sent(peer) == 0
+
+
+@pytest.mark.parametrize("peer", [small_log], ids=["log"], indirect=True)
+def test_other_bytes_wait_until_what_was_refused_cannot_come_back(
+    peer: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash would do the log's entry again, which might displace them."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(5, os.strerror(5))
+
+    assert _sent(peer, uid="1.2.3.9") == 0
+    with monkeypatch.context() as broken:
+        for name in ("fsync", "fdatasync"):
+            broken.setattr(os, name, refuse)
+        assert _sent(peer) == 0xA700
+    assert len(unsettled(tmp_path / REDO)) == 1  # its entry is overwritten, only not for sure
+    assert [_sent(peer, name="B"), _sent(peer, uid="1.2.3.8")] == [0xA700, 0]
+    assert _sent(peer) == 0
 
 
 def test_a_file_that_was_lost_comes_back_with_the_same_bytes_only(peer: Wire, spool: Spool) -> None:

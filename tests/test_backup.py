@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dicomnode import backup
-from dicomnode.audit import Fault, storage_faults
+from dicomnode.audit import IN_LOG, Fault, storage_faults
 from dicomnode.backup import Copied, back_up
 from dicomnode.config import RetentionSection
 from dicomnode.errors import BackupError, DicomNodeError
@@ -24,7 +24,7 @@ from dicomnode.retention import Rules, purge
 from dicomnode.spool import Spool, dataset_digest
 from dicomnode.tables import Database
 from dicomnode.upper_layer.incoming import file_meta
-from tests.factories import ct_series, write_series
+from tests.factories import ct_series, enter, small_log, write_series
 from tests.peers import (
     ORTHANC,
     STORESCU,
@@ -149,6 +149,29 @@ def test_a_backup_has_the_journal_and_every_file(data: Data, tmp_path: Path) -> 
     assert version_of(tmp_path / "backup" / "journal.db") == SCHEMA_VERSION
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backup", "data"]
     assert not list(tmp_path.glob("backup/journal.db-*"))  # all is in the one file
+
+
+def test_a_backup_names_what_only_the_redo_log_has(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the journal gets it while files are copied: the copied journal has not got it."""
+    log = small_log(data.folder)
+    arrival = enter(log, "1.2", "1.2.9")
+    missing = [Fault("1.2.9", "1.2", IN_LOG)]
+    assert back_up(data.folder, tmp_path / "first").faults == missing
+    assert data.faults() == [*missing, 6]
+    copy = backup.copy_journal
+
+    def and_go_on(source: Path, target: Path) -> None:
+        copy(source, target)
+        data.journal.record_instance(arrival, 2.0)
+
+    monkeypatch.setattr(backup, "copy_journal", and_go_on)
+    assert back_up(data.folder, tmp_path / "second").faults == missing
+    assert back_up(data.folder, tmp_path / "third").faults == [
+        Fault("1.2.9", "1.2", IN_LOG)  # its file is still to come
+    ]
+    log.close()
 
 
 def test_files_are_copied_where_they_cannot_be_linked(

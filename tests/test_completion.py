@@ -14,6 +14,7 @@ from dicomnode import tables as t
 from dicomnode import waiting
 from dicomnode.completion import Completion
 from dicomnode.config import config_from_mapping
+from dicomnode.errors import JournalBusy
 from dicomnode.jobs import Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event
@@ -64,6 +65,24 @@ def plane(place: float) -> Plane:
 @pytest.fixture
 def reception(tmp_path: Path) -> Reception:
     return Reception(tmp_path)
+
+
+def test_a_journal_that_cannot_be_changed_is_told_once_and_not_for_each_series(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By who called, who also waits before the next look."""
+
+    def refuse(*_: object) -> None:
+        raise JournalBusy("the journal cannot be changed now")
+
+    for series in ("1.1", "1.2"):
+        reception.receive(f"{series}.1", NOW, series)
+    with monkeypatch.context() as broken:
+        broken.setattr(Completion, "_say_why", refuse)
+        with pytest.raises(JournalBusy):
+            reception.completion.step(NOW, 0.0)
+    assert not caplog.records
+    assert reception.completion.step(NOW + QUIET, QUIET) == (2, 2)  # both waits went on meanwhile
 
 
 def test_a_clock_set_back_does_not_keep_a_series_open(reception: Reception) -> None:

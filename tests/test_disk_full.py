@@ -44,7 +44,7 @@ from tests.peers import (
 
 pytestmark = [pytest.mark.network, pytest.mark.peers, needs(STORESCP)]
 OUT_OF_RESOURCES = 0xA700
-MOUNT, UMOUNT = "/usr/bin/mount", "/usr/bin/umount"
+MOUNT, UMOUNT, MKFS = "/usr/bin/mount", "/usr/bin/umount", "/usr/sbin/mkfs.ext4"
 
 
 @pytest.fixture
@@ -174,6 +174,9 @@ def test_a_locked_journal_is_out_of_resources_in_time_and_goes_on_afterwards(
 ) -> None:
     series = ct_series(4)
     journal = _lock(node)
+    status, body = node.get("readyz")  # nobody has met it yet
+    assert status == 503
+    assert body["reasons"] == ["the journal cannot be changed now: database is locked"]
     answers: dict[int, list[int]] = {}
 
     def send(number: int) -> None:
@@ -192,7 +195,9 @@ def test_a_locked_journal_is_out_of_resources_in_time_and_goes_on_afterwards(
     assert answers == {number: [OUT_OF_RESOURCES] for number in range(4)}
     assert took < 25  # peers give up after 30; measured: 10
     assert half_stored(node) == []
+    assert f"to wire at 127.0.0.1, instance {series[0].SOPInstanceUID}: the journal" in node.log
     journal.rollback()
+    assert node.get("readyz")[0] == 200
     assert stored(node.port, series) == [0] * 4
     settled = node.wait_settled(str(series[0].SeriesInstanceUID))
     assert settled["jobs"][-1]["state"] == "done"
@@ -224,10 +229,30 @@ def test_a_read_only_data_folder_is_refused_and_told(node: Node, small_disk: Pat
     assert echo(node.port) < 2
     status, body = node.get("readyz")
     assert status == 503
-    assert "node.data_dir cannot be written" in body["reasons"]
+    assert "node.data_dir cannot be written: Read-only file system" in body["reasons"]
     subprocess.run([UMOUNT, str(folder)], check=True)
     assert stored(node.port, series) == [0] * 3
     assert node.get("readyz")[0] == 200
+
+
+def test_a_file_system_that_an_error_made_read_only_is_told(tmp_path: Path) -> None:
+    """ext4 then says so to who writes, and to nobody who asks for leave."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    if not Path(MKFS).exists() or subprocess.run([MKFS, "-q", image], check=False).returncode:
+        pytest.skip("an ext4 cannot be made here")
+    if os.geteuid() != 0 or _mount("-o", "loop", image, folder):
+        pytest.skip("a file cannot be mounted here: not root, or not allowed")
+    try:
+        spool = Spool(folder)
+        spool.prepare()
+        assert spool.trouble() == ""
+        assert _mount("-o", "remount,abort", folder) == 0
+        assert spool.trouble() == "node.data_dir cannot be written: Read-only file system"
+    finally:
+        subprocess.run([UMOUNT, str(folder)], check=True)
 
 
 def test_a_data_folder_that_is_gone_is_refused_and_told(node: Node, small_disk: Path) -> None:

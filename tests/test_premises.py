@@ -20,7 +20,7 @@ from dicomnode.premises import address_problem, folder_problem
 from dicomnode.recovery import recover, refuse_lost_journal
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
-from tests.factories import no_log
+from tests.factories import enter, no_log, small_log
 from tests.peers import Node
 
 
@@ -88,6 +88,26 @@ def test_a_data_folder_across_file_systems_is_refused_before_anything_is_receive
     with pytest.raises(ConfigError, match=r"node\.data_dir: .*received: Invalid cross-device link"):
         recover(spool, Journal(database), no_log(spool.root), Jobs(database), 0.0, "hold")
     database.close()
+
+
+def test_what_the_log_left_is_synced_by_itself_where_there_is_to_be_no_log(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data folder may have been moved to a file system whose sync as a whole says nothing."""
+    enter(small_log(spool.root), "1.2", "1.2.9")
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    database = Database(spool.root / "journal.db")
+    monkeypatch.setattr(os, "fsync", noted)
+    recover(spool, Journal(database), no_log(spool.root), Jobs(database), 0.0, "hold")
+    database.close()
+    file = spool.path("1.2", "1.2.9")
+    assert file.read_bytes() == bytes(100)
+    assert {file, file.parent, spool.received} <= set(synced)
 
 
 def test_a_journal_that_is_gone_is_not_replaced_by_a_new_one(spool: Spool) -> None:

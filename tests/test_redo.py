@@ -372,6 +372,97 @@ def test_a_segment_that_cannot_be_written_is_not_used_again(
     assert _kept(log.folder) == [b"d"]
 
 
+def test_an_instance_whose_sync_failed_is_taken_out_of_the_log_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked has to see to it himself, and may have to refuse it."""
+    log, sync = Log(tmp_path / "redo"), os.fdatasync
+    log.stop()
+    answers = itertools.chain([OSError(5, os.strerror(5))], itertools.repeat(None))
+
+    def refuse_once(descriptor: int) -> None:
+        sync(descriptor)
+        if error := next(answers):
+            raise error
+
+    log.redo._stopping = False
+    monkeypatch.setattr(os, "fdatasync", refuse_once)
+    assert not log.take(b"abc")
+    assert _kept(log.folder) == []
+    assert log.redo.refused() == []
+
+
+def test_what_cannot_be_taken_out_again_is_told_until_its_segment_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, sync = Log(tmp_path / "redo"), os.fdatasync
+    log.stop()
+
+    def refuse(descriptor: int) -> None:
+        sync(descriptor)
+        raise OSError(5, os.strerror(5))
+
+    log.redo._stopping = False
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", refuse)
+        broken.setattr(os, "pwrite", only_once(os.pwrite))
+        assert not log.take(b"abc", {"who": 1})
+    assert _kept(log.folder) == [b"abc"]
+    assert log.redo.refused() == [{"who": 1}]
+    log.redo.step()
+    assert _kept(log.folder) == []
+    assert log.redo.refused() == []
+
+
+def only_once(write: Callable[..., int]) -> Callable[..., int]:
+    calls = itertools.count()
+
+    def once(*arguments: object) -> int:
+        if next(calls):
+            raise OSError(5, os.strerror(5))
+        return write(*arguments)
+
+    return once
+
+
+def test_one_segment_that_cannot_be_overwritten_does_not_keep_the_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(tmp_path / "redo", segments=3)
+    secrets = [os.urandom(64) for _ in range(3)]
+    with contextlib.ExitStack() as all_at_once:  # a segment each
+        for secret in secrets:
+            assert all_at_once.enter_context(log.redo.entry({}, written(secret)))
+    log.close()
+    again = Log(tmp_path / "redo", segments=3)
+    bad, write = again.redo._ready[0]._file, os.pwrite
+
+    def refuse(descriptor: int, data: bytes, at: int) -> int:
+        if descriptor == bad:
+            raise OSError(5, os.strerror(5))
+        return write(descriptor, data, at)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", refuse)
+        again.redo.wipe()
+
+    def left() -> list[bytes]:
+        return [s for s in secrets for path in _names(again) if s in path.read_bytes()]
+
+    wait_for(lambda: not left(), "the segment that is left to be given up", 20)
+    again.close()
+
+
+def test_a_segment_that_is_given_up_meanwhile_has_no_entries(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For who looks at the log of a running node."""
+    assert log.take(b"abc")
+    there = paths(log.folder)
+    monkeypatch.setattr("dicomnode.segments.paths", lambda _: [*there, log.folder / "9.log"])
+    assert _kept(log.folder) == [b"abc"]
+
+
 def test_a_segment_that_cannot_be_emptied_is_given_up_once_its_files_are_settled(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Deleting what is old, and never what somebody may still need."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from dicomnode.history import History
 from dicomnode.jobs import Job, Jobs, Output
 from dicomnode.journal import Arrival, Journal
 from dicomnode.lifecycle import Event, State
+from dicomnode.node import Node
 from dicomnode.promises import Promises
 from dicomnode.retention import Rules, make_room, purge
 from dicomnode.scp import StorageScp
@@ -24,7 +26,7 @@ from dicomnode.series import Carriers
 from dicomnode.spool import Spool
 from dicomnode.tables import Database
 from dicomnode.transactions import Commitment, Transactions
-from tests.factories import ct_series, no_log, write_series
+from tests.factories import ct_series, enter, no_log, write_series
 
 RULES = Rules(RetentionSection(received_hours=24, results_hours=168))
 HOUR = 3600.0
@@ -498,6 +500,31 @@ def test_what_a_backup_holds_by_a_hard_link_makes_no_room(
     assert full.make_room(to=7) == 7
     assert "1.1.1" in full.files()
     assert "2.1.1" not in full.files()
+
+
+def test_what_was_deleted_is_overwritten_in_the_log_also_where_the_round_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = {"data_dir": str(tmp_path / "data"), "bind": "127.0.0.1", "port": 0}
+    node = Node(config_from_mapping({"node": folder, "http": {"port": 0}}, tmp_path))
+    log = node._redo
+    Spool(tmp_path / "data").prepare()
+    log.restore(lambda *_: None)
+    log.step()
+    for uid in ("1.2.8", "1.2.9"):  # the first goes in any case
+        enter(log, "1.2", uid)
+    (segment,) = (tmp_path / "data" / "redo").iterdir()
+
+    def refuse(*_: object) -> int:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr("dicomnode.node.make_room", refuse)
+    assert b"1.2.9" in segment.read_bytes()
+    with pytest.raises(OSError, match="Input/output"):
+        node.keep_house()
+    log.stop()
+    log.close()
+    assert b"1.2.9" not in segment.read_bytes()
 
 
 class PurgedInBetween(Journal):

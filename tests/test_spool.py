@@ -159,6 +159,15 @@ def test_a_result_is_written_again_with_the_same_bytes(spool: Spool) -> None:
     assert _files(spool) == {"results/1.9/1.9.1.dcm": b"result"}
 
 
+def test_without_a_reserve_it_is_the_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path)
+    monkeypatch.setattr(Spool, "free_bytes", lambda _: 4096)
+    with pytest.raises(OutOfResources, match="is full"):
+        spool.check_room(5000)
+
+
 def test_below_the_reserve_nothing_is_stored(tmp_path: Path) -> None:
     spool = Spool(tmp_path, reserve_bytes=1 << 60)
     spool.prepare()

@@ -27,7 +27,7 @@ from dicomnode.errors import OutOfResources
 from dicomnode.segments import HEADROOM, LARGEST_BYTES
 from dicomnode.spool import dataset_digest
 from dicomnode.upper_layer import Library, Limits, Listener, Received, Requestor
-from dicomnode.upper_layer.association import TRANSITIONS
+from dicomnode.upper_layer.association import TRANSITIONS, Association
 from dicomnode.upper_layer.dimse import read_command
 from dicomnode.upper_layer.incoming import BLOCK, Incoming, file_meta
 from dicomnode.upper_layer.negotiation import is_storage
@@ -555,6 +555,86 @@ def test_drain_lets_the_answer_to_a_release_go_out(
         assert peer.read()[0] == wire.RELEASE_RP
     draining.join(10)
     assert not draining.is_alive()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Released whenever a drain looks at an association."""
+    looks, silent = threading.Semaphore(0), Association.silent
+
+    def noted(association: Association, seconds: float) -> bool:
+        looks.release()
+        return silent(association, seconds)
+
+    monkeypatch.setattr(Association, "silent", noted)
+    return looks
+
+
+def test_drain_waits_for_who_associates_meanwhile(
+    handler: Folder, looks: threading.Semaphore
+) -> None:
+    """Its connection was open before."""
+    listener = listening(handler)
+    draining = threading.Thread(target=listener.drain, args=(30,))
+    with Wire(listener.port) as first, Wire(listener.port) as second:
+        whole = [wire.store(bytes(200_000), f"1.2.{number}") for number in range(2)]
+        first.associate()
+        first.send(whole[0][:100_000])
+        draining.start()
+        assert looks.acquire(timeout=10)
+        second.associate()
+        second.send(whole[1][:100_000])
+        assert first.status(whole[0][100_000:])[1] == 0
+        assert first.ask(wire.RELEASE_RQ_PDU)[0] == wire.RELEASE_RP
+        first.socket.close()
+        while looks.acquire(blocking=False):
+            pass
+        for _ in range(3):
+            assert looks.acquire(timeout=10)
+        assert second.status(whole[1][100_000:])[1] == 0
+        assert second.ask(wire.RELEASE_RQ_PDU)[0] == wire.RELEASE_RP
+    draining.join(10)
+    assert not draining.is_alive()
+
+
+def test_a_silent_association_is_told_of_its_abort_however_long_that_takes_to_note(
+    handler: Folder, looks: threading.Semaphore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicomnode.upper_layer.listener._SILENT_SECONDS", 0.1)
+    listener, ended = listening(handler), handler.ended
+
+    def slow(requestor: Requestor, how: How) -> None:
+        for _ in range(3):
+            assert looks.acquire(timeout=10)
+        ended(requestor, how)
+
+    monkeypatch.setattr(handler, "ended", slow)
+    draining = threading.Thread(target=listener.drain, args=(30,))
+    with Wire(listener.port) as peer:
+        peer.associate()
+        draining.start()
+        assert peer.read() == (wire.ABORT, bytes(4))
+    draining.join(10)
+    assert not draining.is_alive()
+
+
+def test_a_connection_that_is_accepted_while_we_stop_is_closed(
+    handler: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = listening(handler)
+    accepted, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Listener) -> None:
+        accepted.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(Listener, "_make_room", slow)
+    with Wire(listener.port) as peer:
+        assert accepted.wait(10)
+        listener.drain(5)
+        go_on.set()
+        assert peer.ask(wire.associate_rq())[0] == 0  # closed
+    assert listener.associations == 0
 
 
 # a data set on its way

@@ -166,7 +166,7 @@ class Association:
 
     def abort(self) -> None:
         """Ask the association's thread to abort; returns at once."""
-        self._abort_wanted = True
+        self._abort_wanted, self._silent_since = True, math.inf
         with contextlib.suppress(OSError):  # it has ended meanwhile
             # below TLS, which two threads must not use at once
             socket.socket.shutdown(self._connection, socket.SHUT_RD)

@@ -264,13 +264,14 @@ class Listener:
             listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`, as closing would not
         listening.close()
         deadline = time.monotonic() + grace
-        working = [pair for pair in self._connections() if pair[0].begun]
-        while working and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
+            working = [pair for pair in self._connections() if pair[0].begun]
+            if not working:
+                break
             for connection, _ in working:
                 if connection.silent:
                     connection.abort()
             working[0][1].join(min(left, _LOOK_SECONDS))
-            working = [pair for pair in working if pair[1].is_alive()]
         if self._library is not None:
             self._library.abort()
         others = self._connections()
@@ -306,6 +307,9 @@ class Listener:
         thread = threading.Thread(target=self._serve, args=(connection,), name="dicom", daemon=True)
         with self._lock:
             self._open[connection] = thread
+        if self._socket is None:  # `drain` may have looked before
+            self._forget(connection)
+            return
         try:
             thread.start()
         except RuntimeError:
