@@ -69,11 +69,12 @@ def _whole(data_dir: Path, live: Database, part: Path, target: Path) -> Copied:
         only_in_log(live, logged)  # gives rows that are on their way the time they need
         copy_journal(data_dir / JOURNAL, part / JOURNAL)
         copied = _Copy(data_dir, part).run(live, logged)
-        still = in_log(spool)
-        copied.faults = [
-            replace(fault, what=IN_LOG) if fault.sop_instance_uid in still else fault
-            for fault in copied.faults
-        ]
+        if copied.faults:
+            still = in_log(spool)
+            copied.faults = [
+                replace(fault, what=IN_LOG) if fault.sop_instance_uid in still else fault
+                for fault in copied.faults
+            ]
         for folder in (part, part.parent):
             sync_folder(folder)
         part.rename(target)  # over an empty folder, if there is one

@@ -132,9 +132,7 @@ def _restore(spool: Spool, journal: Journal, redo: RedoLog, late: str) -> None:
 
     try:
         redo.restore(again, then)
-    except JournalBusy as error:
-        raise ConfigError(f"node.data_dir: {error}") from error
-    except OutOfResources as error:
+    except (JournalBusy, OutOfResources) as error:
         raise ConfigError(f"node.data_dir: {error}") from error
     except OSError as error:
         raise ConfigError(

@@ -127,8 +127,7 @@ class RedoLog:
         try:
             segment.append(next(self._numbers), label, written)
         except OSError as error:
-            log.error("the redo log cannot be written: %s", error.strerror)
-            segment.broken = True
+            _give_up(segment, "the redo log cannot be written", error)
         return not segment.broken
 
     def _take_back(self, segment: Segment, label: Mapping[str, Any]) -> None:
@@ -136,8 +135,7 @@ class RedoLog:
         try:
             segment.take_back()
         except OSError as error:
-            log.error("the redo log cannot be written: %s", error.strerror)
-            segment.broken = True
+            _give_up(segment, "the redo log cannot be written", error)
             with self._changed:
                 self._refused[segment] = label
 
@@ -232,8 +230,7 @@ class RedoLog:
                 if segment.to_wipe:
                     segment.wipe()
         except OSError as error:
-            log.error("a segment of the redo log is given up: %s", error.strerror)
-            segment.broken = True
+            _give_up(segment, "a segment of the redo log is given up", error)
 
     def _make_durable(self) -> None:
         """Settle; where the disk refuses, what was lost may look whole: only the entries tell.
@@ -263,8 +260,7 @@ class RedoLog:
             try:
                 segment.wipe()
             except OSError as error:
-                log.error("a segment of the redo log is given up: %s", error.strerror)
-                segment.broken = True
+                _give_up(segment, "a segment of the redo log is given up", error)
             with self._changed:
                 if segment.broken:
                     self._full.append(segment)
@@ -356,3 +352,9 @@ class RedoLog:
                 self._all.add(segment)
             else:
                 segment.close(remove=True)
+
+
+def _give_up(segment: Segment, what: str, error: OSError) -> None:
+    """Nothing more may be appended; it is removed when its entries are settled."""
+    log.error("%s: %s", what, error.strerror)
+    segment.broken = True
